@@ -1,0 +1,296 @@
+"""Algebra on parameter pytrees, and the one place that fixes its precision.
+
+A *vector* is a pytree of arrays; a *block* stacks k vectors, every leaf being (k, *leaf.shape); a *chunk* stacks c
+basis vectors for each of k probes, every leaf being (k, c, *leaf.shape). Trees stay trees: a sharded parameter is never
+gathered into one flat array.
+
+Precision. A float32 sum of n = 1e6 terms of one sign loses 2e-5 when accumulated naively, and that becomes the loss of
+orthogonality of a Lanczos basis. Here a reduction goes one axis at a time and no axis is longer than ``_LONGEST_SUM``,
+so that its error does not grow with n.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+PyTree = Any
+
+_LONGEST_SUM = 1024
+
+
+def size(like: PyTree) -> int:
+    """The number n of entries of one vector."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
+
+
+def scalar_dtype(like: PyTree) -> np.dtype:
+    """The dtype in which inner products are taken: the widest of the leaves'."""
+    return max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(like)), key=lambda dtype: dtype.itemsize)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """Names of the leaves, ``layer/kernel``; NNX's trailing ``/value`` is an implementation's detail and is dropped."""
+    names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(tree))
+    return [name.removesuffix("/value") for name in names]
+
+
+def named(tree: PyTree) -> PyTree:
+    """The tree with every leaf replaced by its name."""
+    return jax.tree.unflatten(jax.tree.structure(tree), paths(tree))
+
+
+# Inner products ------------------------------------------------------------------------------------------------------
+
+
+def inner(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner products of two blocks, vector by vector: (k,)."""
+    return _sum_products(a, b, lead=1)
+
+
+def norm(block: PyTree) -> jax.Array:
+    """Euclidean norms of the k vectors: (k,).
+
+    Scaled by the largest entry first: the squares of tiny and huge ones would leave the range of float32.
+    """
+    dtype = scalar_dtype(block)
+    peaks = [jnp.abs(leaf).reshape(leaf.shape[0], -1).max(1, initial=0) for leaf in jax.tree.leaves(block)]
+    peak = functools.reduce(jnp.maximum, [p.astype(dtype) for p in peaks])
+    scaled = scale(block, 1 / jnp.where(peak > 0, peak, 1))
+    return peak * jnp.sqrt(inner(scaled, scaled))
+
+
+def coefficients(chunk: PyTree, block: PyTree) -> jax.Array:
+    """Inner products of each probe's basis vectors with its own vector: (k, c)."""
+    return _sum_products(chunk, jax.tree.map(lambda leaf: leaf[:, None], block), lead=2)
+
+
+def _sum_products(a: PyTree, b: PyTree, lead: int) -> jax.Array:
+    dtype = scalar_dtype(a)
+    sums = (_bounded_sum(x, y, lead).astype(dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return functools.reduce(jnp.add, sums)
+
+
+def _bounded_sum(x: jax.Array, y: jax.Array, lead: int) -> jax.Array:
+    """Sum of x * y over all axes after the first ``lead``, in stages of at most ``_LONGEST_SUM`` terms.
+
+    Not a matrix-vector product, which reads memory twice as fast but accumulates naively. The factors are reshaped
+    before they are multiplied: XLA merges the stages into one slow, naive sum when the product is reshaped instead.
+    """
+    for axis in range(lead, x.ndim):
+        length = x.shape[axis]
+        if length <= _LONGEST_SUM:
+            continue
+        # Few devices divide a sharded axis: a factor that leaves 64 to divide the rest keeps the shards where they are.
+        factors = [f for f in range(32, _LONGEST_SUM + 1) if length % f == 0]
+        if not factors:
+            head = length - length % _LONGEST_SUM
+            parts = (slice(0, head), slice(head, length))
+            cut = [[lax.slice_in_dim(z, s.start, s.stop, axis=axis) for s in parts] for z in (x, y)]
+            return _bounded_sum(cut[0][0], cut[1][0], lead) + _bounded_sum(cut[0][1], cut[1][1], lead)
+        factor = max(factors, key=lambda f: (math.gcd(length // f, 64), f))
+        split = (length // factor, factor)
+        x, y = (z.reshape(*z.shape[:axis], *split, *z.shape[axis + 1 :]) for z in (x, y))
+        return _bounded_sum(x, y, lead)
+    product = x * y
+    for _ in range(lead, product.ndim):
+        product = product.sum(-1)
+    return product
+
+
+# Linear combinations -------------------------------------------------------------------------------------------------
+
+
+def _column(scalars: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Scalars (k,) shaped to multiply a block's leaf (k, *shape), in the leaf's dtype."""
+    return scalars.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
+
+
+def scale(block: PyTree, factors: jax.Array) -> PyTree:
+    """Each vector times its own factor."""
+    return jax.tree.map(lambda leaf: leaf * _column(factors, leaf), block)
+
+
+def subtract(block: PyTree, factors: jax.Array, other: PyTree) -> PyTree:
+    """Block minus factors * other, vector by vector."""
+    return jax.tree.map(lambda x, y: x - y * _column(factors, x), block, other)
+
+
+def subtract_combination(block: PyTree, coefficients: jax.Array, chunk: PyTree) -> PyTree:
+    """Block minus the sum over c of coefficients[:, c] * chunk[:, c].
+
+    Unrolled over the c basis vectors: one fused elementwise pass at the speed of memory, sharded as the leaves are.
+    """
+    for index in range(coefficients.shape[1]):
+        vectors = jax.tree.map(lambda leaf, index=index: leaf[:, index], chunk)
+        block = subtract(block, coefficients[:, index], vectors)
+    return block
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """Whether every entry is finite, a scalar."""
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Sum of two trees of one structure."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+# Making, checking and moving blocks ----------------------------------------------------------------------------------
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and, where the caller has placed the arrays, shardings; a description that holds no memory."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if placed else None)
+
+    return jax.tree.map(describe, tree)
+
+
+def _stacked_sharding(leaf: jax.ShapeDtypeStruct, lead: int) -> Sharding | None:
+    """The sharding of a stack of vectors: that of one vector, the leading axes replicated."""
+    if isinstance(leaf.sharding, NamedSharding):
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec(*[None] * lead, *leaf.sharding.spec))
+    return leaf.sharding
+
+
+def zeros(like: PyTree, *lead: int) -> PyTree:
+    """Zeros of shape (*lead, *leaf.shape), placed like the vectors."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype, device=_stacked_sharding(leaf, len(lead))), like
+    )
+
+
+def random_block(key: jax.Array, first: int, count: int, like: PyTree) -> PyTree:
+    """``count`` vectors uniform on the unit sphere: normalised Gaussians, E[v vT] = I/n.
+
+    Vector i depends on ``fold_in(key, first + i)`` alone: not on how many are drawn with it, nor on any sharding.
+    """
+    leaves = jax.tree.leaves(like)
+    draw = _sphere_sampler(tuple(leaves))
+    block = draw(key, jnp.arange(first, first + count, dtype=jnp.uint32))
+    return jax.tree.unflatten(jax.tree.structure(like), block)
+
+
+@functools.lru_cache
+def _sphere_sampler(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+    def sample(key: jax.Array, indices: jax.Array) -> list[jax.Array]:
+        keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index), len(leaves)))(indices)
+        block = [
+            jax.vmap(functools.partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype))(keys[:, position])
+            for position, leaf in enumerate(leaves)
+        ]
+        return scale(block, 1 / norm(block))
+
+    return jax.jit(sample, out_shardings=[_stacked_sharding(leaf, 1) for leaf in leaves])
+
+
+def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> tuple[PyTree, bool]:
+    """``vectors`` as a block of k vectors like ``like``, and whether it was given as a single one.
+
+    Raises:
+      ValueError: the structure or a leaf's shape or dtype differs from ``like``'s.
+    """
+    structure: Any
+    structure, wanted = jax.tree.structure(vectors), jax.tree.structure(like)
+    if structure != wanted:
+        raise ValueError(
+            f"{what}: the structure is {structure}, but the operator's vectors have {wanted}. Build vectors with "
+            "jax.tree.map over operator.like."
+        )
+    given, expected = jax.tree.leaves(vectors), jax.tree.leaves(like)
+    single = all(np.ndim(x) == len(leaf.shape) for x, leaf in zip(given, expected, strict=True))
+    count = None if single else np.shape(given[0])[:1]
+    for name, x, leaf in zip(paths(like), given, expected, strict=True):
+        allowed = leaf.shape if single else (*(count or ("k",)), *leaf.shape)
+        if np.shape(x) != allowed or not np.can_cast(x.dtype, leaf.dtype, "safe"):
+            raise ValueError(
+                f"{what}: leaf {name!r} is {x.dtype}{list(np.shape(x))}, expected {np.dtype(leaf.dtype)}"
+                f"{list(allowed)}, or {list(leaf.shape)} in every leaf for a single vector."
+            )
+    block = jax.tree.map(lambda x, leaf: jnp.asarray(x, leaf.dtype), vectors, like)
+    return (jax.tree.map(lambda leaf: leaf[None], block) if single else block), single
+
+
+def first_vector(block: PyTree) -> PyTree:
+    """The first of the k vectors."""
+    return jax.tree.map(lambda leaf: leaf[0], block)
+
+
+def split(block: PyTree, count: int) -> list[PyTree]:
+    """The block in pieces of at most ``count`` vectors."""
+    total = jax.tree.leaves(block)[0].shape[0]
+    if total <= count:
+        return [block]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i : i + count], block) for i in range(0, total, count)]
+
+
+def join(blocks: list[PyTree]) -> PyTree:
+    """The inverse of `split`."""
+    return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *blocks)
+
+
+def ravel(block: PyTree) -> np.ndarray:
+    """A block as a host array (k, n), leaves in tree order."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(block)]
+    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+
+
+def unravel(rows: np.ndarray, like: PyTree) -> PyTree:
+    """The block whose k vectors are the rows of an array (k, n): the inverse of `ravel`."""
+    leaves = jax.tree.leaves(like)
+    ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
+    pieces = np.split(rows, ends[:-1], axis=1)
+    shaped = [
+        jax.device_put(piece.reshape(-1, *leaf.shape).astype(leaf.dtype), _stacked_sharding(leaf, 1))
+        for piece, leaf in zip(pieces, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), shaped)
+
+
+def auto_axes(tree: PyTree) -> PyTree:
+    """The same arrays on Auto mesh axes of the same devices.
+
+    `jax.make_mesh` gives Explicit axes, for which sharding is part of the type; `vdot` and `tensordot` refuse those.
+    """
+
+    def rewrap(leaf: Any) -> Any:
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
+            return leaf
+        names = sharding.mesh.axis_names
+        mesh = Mesh(sharding.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
+        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+
+    return jax.tree.map(rewrap, tree)
+
+
+# Identity ------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(tree: PyTree) -> str:
+    """A hash of all values, shapes and names, the same however the arrays are sharded: integer sums associate."""
+    leaves = jax.tree.leaves(tree)
+    words = [f"{name} {leaf.shape} {leaf.dtype}" for name, leaf in zip(paths(tree), leaves, strict=True)]
+    sums = [int(_hash_leaf(leaf)) for leaf in leaves]
+    return hashlib.sha256(repr((words, sums)).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _hash_leaf(leaf: jax.Array) -> jax.Array:
+    bits = lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
+    bits = bits.astype(jnp.uint32)
+    place = lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)

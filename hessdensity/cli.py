@@ -1,0 +1,112 @@
+"""``hessdensity demo`` and ``hessdensity run module:problem``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hessdensity")
+def main() -> None:
+    """The spectrum of a trained model's Hessian, from Hessian-vector products."""
+
+
+@main.command()
+@click.option("--plot", default="hessdensity_demo.png", type=click.Path(dir_okay=False), help="Where the figure goes.")
+@click.option("--num-steps", default=60, help="Lanczos steps: the resolution.")
+@click.option("--num-probes", default=10, help="Random starts: the precision.")
+@click.option("--seed", default=0, help="Seed of the probes.")
+def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
+    """Train a small network on handwritten digits; estimate its Hessian's density, and compare with the exact one."""
+    import jax
+    import numpy as np
+
+    import hessdensity as hd
+    from hessdensity import demo as demonstration
+
+    start = time.perf_counter()
+    click.echo(f"Training a {'-'.join(map(str, demonstration.WIDTHS))} network on scikit-learn's digits ...")
+    try:
+        hessian = hd.Hessian(*demonstration.problem())
+    except ModuleNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+    density = hd.spectral_density(hessian, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes)
+    click.echo(f"\n{density}\n\nThe dense Hessian for comparison, {density.dimension:,} products ...")
+    eigenvalues = np.linalg.eigvalsh(hd.dense(hessian))
+    click.echo(demonstration.comparison(density, eigenvalues))
+    _save_figure(density, plot, eigenvalues=eigenvalues, label=f"{num_probes} probes of {num_steps} steps")
+    click.echo(f"\nFigure: {plot}   ({time.perf_counter() - start:.0f} s in all)")
+
+
+@main.command()
+@click.argument("problem")
+@click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
+@click.option("--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--seed", default=0, help="Seed of the probes.")
+@click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg).")
+@click.option(
+    "--x-scale", default="linear", type=click.Choice(["linear", "symlog"]), help="Scale of the figure's x axis."
+)
+@click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
+def run(
+    problem: str,
+    num_steps: int,
+    num_probes: int,
+    seed: int,
+    out: str | None,
+    plot: str | None,
+    x_scale: str,
+    progress: bool,
+) -> None:
+    """Estimate the density of PROBLEM, given as package.module:function.
+
+    The function takes no argument and returns (loss, params, data), or an operator. The current folder is on the path.
+    """
+    import jax
+
+    import hessdensity as hd
+
+    for target in filter(None, (out, plot)):
+        # A long computation must not end in a folder that is not there.
+        if not Path(target).absolute().parent.is_dir():
+            raise click.BadParameter(f"{target!r}: the folder {str(Path(target).absolute().parent)!r} does not exist.")
+    made = _load(problem)()
+    operator = hd.Hessian(*made) if isinstance(made, tuple) else made
+    density = hd.spectral_density(
+        operator, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, progress=progress
+    )
+    click.echo(str(density))
+    if out:
+        density.save(out)
+        click.echo(f"Density: {out}")
+    if plot:
+        _save_figure(density, plot, x_scale=x_scale)
+        click.echo(f"Figure: {plot}")
+
+
+def _load(problem: str) -> Any:
+    module, separator, function = problem.partition(":")
+    if not separator:
+        raise click.BadParameter(f"{problem!r} names no function; expected package.module:function.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise
+        raise click.BadParameter(f"there is no module {error.name!r} in the current folder or installed.") from error
+    if not hasattr(found, function):
+        raise click.BadParameter(f"module {module!r} has no function {function!r}.")
+    return getattr(found, function)
+
+
+def _save_figure(density: Any, path: str, **options: Any) -> None:
+    density.plot(**options).figure.savefig(path, dpi=150)

@@ -1,0 +1,219 @@
+"""One pass over the data: batches that can be iterated again, moved to the device one ahead, and what each pass saw."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from . import _trees
+
+PyTree = Any
+
+
+class Report(NamedTuple):
+    """What the computation says of one batch: scalars, on the device."""
+
+    total: Any
+    """Sum of the examples' losses."""
+    count: Any
+    """Number of examples, or their total weight."""
+    finite: Any
+    """Whether every number computed is finite."""
+
+
+def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
+    """In-memory arrays as a list of batches: slices of ``batch_size`` examples, the last one smaller.
+
+    Args:
+      arrays: a pytree of arrays that share their leading axis, such as ``(x, y)``.
+      batch_size: examples in a batch.
+
+    Raises:
+      ValueError: the arrays disagree in length, or ``batch_size`` < 1.
+
+    Example:
+      >>> [x.shape for x in batches(np.zeros((64, 3)), 30)]
+      [(30, 3), (30, 3), (4, 3)]
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+    lengths = leading_lengths(arrays)
+    length = next(iter(lengths.values()), None)
+    if length is None or len(set(lengths.values())) != 1:
+        raise ValueError(f"arrays must share their leading axis, but their lengths are {lengths}.")
+    slices = [slice(start, start + batch_size) for start in range(0, length, batch_size)]
+    return [jax.tree.map(lambda array, rows=rows: array[rows], arrays) for rows in slices]
+
+
+def leading_lengths(batch: PyTree) -> dict[str, int | None]:
+    """The length of each leaf's leading axis, None for a scalar, by the leaf's path."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    return {name: shape[0] if shape else None for name, shape in zip(_trees.paths(batch), shapes, strict=True)}
+
+
+class Passes:
+    """Data that can be gone through again and again, and the memory of what the first pass saw.
+
+    Args:
+      source: anything that can be iterated twice, or a function that returns a fresh iterator.
+      sharding: where host arrays are placed; arrays already on a device stay where they are.
+
+    Raises:
+      TypeError: ``source`` is a one-shot iterator, a bare batch, or nothing iterable.
+    """
+
+    def __init__(self, source: Any, sharding: Sharding | None = None) -> None:
+        _refuse_misuse(source)
+        self._source = source
+        self._sharding = sharding
+        self._first: tuple[np.ndarray, list[int | float]] | None = None
+        self._spread: float | None = None
+        self._passes = 0
+        self.shuffled = False
+
+    def __iter__(self) -> Iterator[PyTree]:
+        """Batches on the device, each one handed over when the transfer of the next has begun."""
+        source = self._source() if callable(self._source) and not hasattr(self._source, "__iter__") else self._source
+        ahead: tuple[PyTree, ...] = ()
+        for index, batch in enumerate(source):
+            placed = self._place(batch, index)
+            yield from ahead
+            ahead = (placed,)
+        yield from ahead
+        if not ahead:
+            again = " in a later pass, though the first one saw some: does it hand out an exhausted iterator?"
+            raise ValueError(
+                f"data: {type(self._source).__name__} gave no batch"
+                + (again if self._first else "; expected at least one.")
+            )
+
+    def accumulate(
+        self, step: Callable[[PyTree, PyTree], tuple[PyTree, Report]], total: PyTree
+    ) -> tuple[PyTree, list[Report]]:
+        """``total, report = step(total, batch)`` over one pass; (the last total, the reports)."""
+        reports: list[Report] = []
+        for batch in self:
+            # Dispatch is asynchronous: without this wait a fast loader would fill the device with waiting batches.
+            jax.block_until_ready(reports[-2:-1])
+            total, report = step(total, batch)
+            reports.append(report)
+        return total, jax.device_get(reports)
+
+    def _place(self, batch: PyTree, index: int) -> PyTree:
+        def place(path: Any, leaf: Any) -> jax.Array:
+            if isinstance(leaf, jax.Array):
+                return _trees.auto_axes(leaf)
+            array = np.asarray(leaf)
+            if array.dtype.kind not in "biufcV" or array.dtype.names:
+                raise TypeError(
+                    f"data: batch {index}, leaf {jax.tree_util.keystr(path)!r} is a {type(leaf).__name__} of dtype "
+                    f"{array.dtype}; expected numbers. Drop it in the loader, or encode it as an array."
+                )
+            return jax.device_put(array, self._sharding)
+
+        return jax.tree.map_with_path(place, batch)
+
+    def record(self, reports: list[Report], epsilon: float, rerun: Callable[[], float]) -> int | float:
+        """Note what a whole pass saw and compare it with the first pass; the total count.
+
+        Args:
+          reports: those of all batches, in order.
+          epsilon: the rounding unit of the losses.
+          rerun: the difference between the first batch's mean losses when it is run twice, for operations that are
+            not deterministic; called only when the losses differ by more than rounding.
+
+        Raises:
+          RuntimeError: this pass saw other data than the first one; names the pass and the batch.
+        """
+        counts = [report.count.item() for report in reports]
+        losses = np.array([report.total.item() / (count or 1) for report, count in zip(reports, counts, strict=True)])
+        self._passes += 1
+        if self._first is None:
+            self._first = losses, counts
+            return sum(counts)
+        expected, expected_counts = self._first
+        size = np.mean(np.abs(expected))
+        differing = _differing(losses, counts, self._first, 64 * epsilon * size)
+        if not differing:
+            return sum(counts)
+        if self._spread is None:
+            self._spread = rerun()
+        tolerance = max(64 * epsilon * size, 8 * self._spread)
+        differing = _differing(losses, counts, self._first, tolerance)
+        if not differing:
+            return sum(counts)
+        mean, expected_mean = (_mean(losses, counts), _mean(expected, expected_counts))
+        if sum(counts) == sum(expected_counts) and abs(mean - expected_mean) <= tolerance:
+            if not self.shuffled:
+                warnings.warn(
+                    "data: the batches hold the same examples in another order in every pass (a shuffling loader). The "
+                    "Hessian is the same; pass shuffle=False for repeatable runs and checks batch by batch.",
+                    stacklevel=5,
+                )
+            self.shuffled = True
+            return sum(counts)
+        raise RuntimeError(
+            f"data: pass {self._passes} differs from pass 1, first in batch {differing[0]}: "
+            f"{_said(losses, counts, differing[0])}, was {_said(expected, expected_counts, differing[0])}; over the "
+            f"whole pass {sum(counts)} examples of mean loss {mean:.9g}, was {sum(expected_counts)} of "
+            f"{expected_mean:.9g}. The operator would not be one matrix. Fix the subset, and switch off augmentation and dropout."
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What the first pass saw."""
+        if self._first is None:
+            return {}
+        losses, counts = self._first
+        return {
+            "num_examples": sum(counts),
+            "loss": float(_mean(losses, counts)),
+            "batch_losses": losses.tolist(),
+            "shuffled": self.shuffled,
+        }
+
+
+def _mean(losses: np.ndarray, counts: list[int | float]) -> float:
+    return float(np.dot(losses, counts) / (sum(counts) or 1))
+
+
+def _said(losses: np.ndarray, counts: list[int | float], index: int) -> str:
+    return f"{counts[index]} examples of mean loss {losses[index]:.9g}" if index < len(counts) else "no such batch"
+
+
+def _differing(
+    losses: np.ndarray, counts: list[int | float], first: tuple[np.ndarray, list[int | float]], tolerance: float
+) -> list[int]:
+    """Indices of the batches whose count, or whose loss beyond the tolerance, is another than in the first pass."""
+    expected, expected_counts = first
+    common = min(len(counts), len(expected_counts))
+    close = np.isclose(losses[:common], expected[:common], rtol=0, atol=tolerance, equal_nan=True)
+    differs = [index for index in range(common) if not close[index] or counts[index] != expected_counts[index]]
+    return differs + list(range(common, max(len(counts), len(expected_counts))))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _refuse_misuse(source: Any) -> None:
+    wrap = "wrap one batch in a list, [batch], or cut arrays into batches with hd.batches(arrays, batch_size)."
+    kind = type(source).__name__
+    if _is_array(source):
+        raise TypeError(f"data is a bare {kind}, which would be iterated row by row; {wrap}")
+    members = source.values() if isinstance(source, Mapping) else source if isinstance(source, tuple) else ()
+    if isinstance(source, Mapping) or (members and all(map(_is_array, members))):
+        raise TypeError(f"data is a bare {kind} of arrays, one batch and not a collection of batches; {wrap}")
+    if hasattr(source, "__next__") or (hasattr(source, "__iter__") and isinstance(source, Iterator)):
+        raise TypeError(
+            f"data is a one-shot iterator ({kind}): a second pass would find it empty, and every product is a pass. "
+            "Give a list, a loader object, or a function that returns a fresh iterator."
+        )
+    if not callable(source) and not hasattr(source, "__iter__") and not hasattr(source, "__getitem__"):
+        raise TypeError(
+            f"data is a {kind}; expected batches that can be iterated twice, or a function that returns them."
+        )

@@ -1,0 +1,232 @@
+"""k independent Lanczos recurrences by reverse communication, with reorthogonalisation.
+
+The engine never calls an operator: a state asks for ``operator @ state.vectors``, and `update` takes the answer. So the
+operator may stream from disk or run on many hosts, and progress, checkpoints and early stops belong to the loop.
+
+In exact arithmetic A V^T = V^T T + beta_m v_m e_m^T, with V orthonormal and T tridiagonal (Lanczos 1950). Rounding
+destroys the orthogonality as soon as a Ritz value converges (Paige 1976), so that every new vector is orthogonalised
+again against all the earlier ones, kept in chunks of fixed size: each kernel is compiled once, however many the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _trees
+
+PyTree = Any
+
+CHUNK = 8
+"""Basis vectors a chunk: few, because the last chunk is read whole, and zeros take memory."""
+
+
+class LanczosState(NamedTuple):
+    """What the next step needs: a pytree, which may be saved after any step and resumed.
+
+    ``j`` below is the number of steps done, ``k`` that of probes.
+    """
+
+    vectors: PyTree
+    """Block of the k vectors whose products are asked for; a probe that has ended has the zero vector."""
+    previous: PyTree
+    """Block of the k vectors before them."""
+    basis: tuple[PyTree, ...]
+    """Chunks (k, CHUNK, *shape) that hold vectors 0..j; rows not yet reached are zero."""
+    against: tuple[PyTree, ...]
+    """Chunks (1, c, *shape) of the basis that all probes stay orthogonal to."""
+    num_steps: int
+    """Steps to be done in all."""
+    diagonal: np.ndarray
+    """(k, j) float64, on the host: the diagonal of each T."""
+    off_diagonal: np.ndarray
+    """(k, j) float64, on the host: entries below it, the last one (beta_m) dangling. 0 ends a probe."""
+
+
+class NonFiniteProduct(FloatingPointError):
+    """A product was not finite. ``step`` counts from 0; ``partial`` is the answer from the steps before it, or None."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"Lanczos step {step}: {reason}")
+        self.step = step
+        self.partial: Any = None
+
+
+def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -> LanczosState:
+    """The state before the first step.
+
+    Args:
+      start_vectors: block of k vectors; normalised here.
+      num_steps: Lanczos length m, at least 1. Clipped to the dimension that ``against`` leaves.
+      against: block of m0 orthonormal vectors, shared by all probes, that the whole recurrence stays orthogonal to: it
+        then belongs to the operator's compression to their complement.
+
+    Raises:
+      ValueError: num_steps < 1, or a start vector that is zero or not finite, or lies in the span of ``against``.
+
+    Memory: k (m + 4) + m0 vectors by the end.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}, expected at least 1.")
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start_vectors)
+    n, count = _trees.size(like), jax.tree.leaves(start_vectors)[0].shape[0]
+    given = 0 if against is None else jax.tree.leaves(against)[0].shape[0]
+    if given >= n:
+        raise ValueError(f"against holds {given} vectors of dimension {n}; nothing is left for the recurrence.")
+    chunks = [
+        jax.tree.map(lambda leaf, first=first: leaf[None, first : first + CHUNK], against)
+        for first in range(0, given, CHUNK)
+    ]
+    with jax.default_matmul_precision("highest"):
+        before = np.asarray(_trees.norm(start_vectors))
+        vectors, after = _orthogonalise(_trees.scale(start_vectors, 1 / _trees.norm(start_vectors)), tuple(chunks))
+        if not np.all(np.isfinite(before)) or np.any(after <= 64 * float(jnp.finfo(after.dtype).eps)):
+            raise ValueError(
+                f"start_vectors have norms {before}, and {after} of each is left outside of `against`; expected finite "
+                "vectors that are not zero there."
+            )
+        vectors = _trees.scale(vectors, 1 / jnp.asarray(after))
+        state = LanczosState(
+            vectors=vectors,
+            previous=jax.tree.map(jnp.zeros_like, vectors),
+            basis=(),
+            against=tuple(chunks),
+            num_steps=min(num_steps, n - given),
+            diagonal=np.zeros((count, 0)),
+            off_diagonal=np.zeros((count, 0)),
+        )
+        return state._replace(basis=_append((), vectors, 0))
+
+
+def update(state: LanczosState, product: PyTree) -> LanczosState:
+    """One step: takes ``operator @ state.vectors`` and gives the state that asks for the next product.
+
+    The memory of both arguments is taken over: neither may be used again, save ``diagonal`` and ``off_diagonal``.
+
+    A probe ends where its Krylov space is invariant: beta <= 8 eps ||T||, relative to what is known of the norm. Its
+    off-diagonal is then exactly 0, its next vector 0, and the others go on. A smaller beta would be rounding, a larger
+    one does no harm: the vector that follows is orthogonal to the others, whatever it is.
+
+    Raises:
+      NonFiniteProduct: the product holds a NaN or an infinity.
+
+    Cost: reads the basis twice.
+    """
+    step = state.diagonal.shape[1]
+    with jax.default_matmul_precision("highest"):
+        last = state.off_diagonal[:, -1] if step else np.zeros(state.diagonal.shape[0])
+        residual, alpha = _recur(
+            product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
+        )
+        residual, beta = _orthogonalise(residual, (*state.against, *state.basis))
+        alpha = np.asarray(alpha, float)
+        if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
+            raise NonFiniteProduct(
+                step, "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."
+            )
+        diagonal = np.concatenate([state.diagonal, alpha[:, None]], axis=1)
+        epsilon = float(jnp.finfo(beta.dtype).eps)
+        # The largest row sum bounds the norm of T from above, within a factor of two.
+        rows = np.abs(diagonal)
+        rows[:, :-1] += state.off_diagonal
+        rows[:, 1:] += state.off_diagonal
+        alive = beta > 8 * epsilon * rows.max(axis=1)
+        off_diagonal = np.concatenate([state.off_diagonal, np.where(alive, beta, 0.0)[:, None]], axis=1)
+        # Dividing by an infinite number makes a zero vector of the residual of a probe that has ended.
+        vectors = _normalise(residual, jnp.asarray(np.where(alive, beta, np.inf), beta.dtype))
+        return state._replace(
+            vectors=vectors,
+            previous=state.vectors,
+            basis=_append(state.basis, vectors, step + 1) if step + 1 < state.num_steps else state.basis,
+            diagonal=diagonal,
+            off_diagonal=off_diagonal,
+        )
+
+
+def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
+    """The host loop, the only place that calls the operator: yields the state after each step that is left.
+
+    Ends after ``num_steps``, or when every probe has ended.
+
+    Raises:
+      NonFiniteProduct: names the step, and what the operator said of it (its batch).
+
+    Cost: one product with k vectors a step.
+    """
+    while state.diagonal.shape[1] < state.num_steps and not _ended(state):
+        try:
+            product = operator @ state.vectors
+        except FloatingPointError as error:
+            raise NonFiniteProduct(state.diagonal.shape[1], str(error)) from error
+        state = update(state, product)
+        yield state
+
+
+def _ended(state: LanczosState) -> bool:
+    return state.off_diagonal.shape[1] > 0 and not np.any(state.off_diagonal[:, -1])
+
+
+def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.ndarray]:
+    """Classical Gram-Schmidt against all chunks, repeated where it cancelled; (block, its norms).
+
+    A block that comes in almost orthogonal, as the recurrence leaves it, needs one pass: what is left is one rounding
+    unit of its norm. Only a pass that takes away much of the norm leaves a residual that is not small beside what
+    remains, and then it is done again (Daniel, Gragg, Kaufman and Stewart 1976), which halves the reading of the basis.
+    """
+    before = np.asarray(_trees_norm(block))
+    while True:
+        if chunks:
+            coefficients = [_trees_coefficients(chunk, block) for chunk in chunks]
+            for chunk, factors in zip(chunks, coefficients, strict=True):
+                block = _subtract_combination(block, factors, chunk)
+        after = np.asarray(_trees_norm(block))
+        # A vector of the span shrinks by a rounding unit a pass, until it is zero.
+        if np.all((after > before / 2) | (after <= np.finfo(after.dtype).tiny)) or not np.all(np.isfinite(after)):
+            return block, after
+        before = after
+
+
+def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[PyTree, ...]:
+    """The basis with one more vector for each probe, in the last chunk's memory or in a new chunk's."""
+    row = position % CHUNK
+    if row == 0:
+        return (*basis, _first_row(vectors))
+    return (*basis[:-1], _write_row(basis[-1], vectors, row))
+
+
+# The compiled kernels. Every one has the shape of a block or of a chunk, so that their number does not grow with the
+# steps; consumed arguments are donated, so that nothing is copied.
+
+_trees_norm = jax.jit(_trees.norm)
+_trees_coefficients = jax.jit(_trees.coefficients)
+_subtract_combination = partial(jax.jit, donate_argnums=0)(_trees.subtract_combination)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _recur(product: PyTree, vectors: PyTree, previous: PyTree, beta: jax.Array) -> tuple[PyTree, jax.Array]:
+    """The three-term recurrence: (A v - beta v_previous - alpha v, alpha)."""
+    residual = _trees.subtract(product, beta, previous)
+    alpha = _trees.inner(residual, vectors)
+    return _trees.subtract(residual, alpha, vectors), alpha
+
+
+@partial(jax.jit, donate_argnums=0)
+def _normalise(residual: PyTree, beta: jax.Array) -> PyTree:
+    return _trees.scale(residual, 1 / beta)
+
+
+@jax.jit
+def _first_row(vectors: PyTree) -> PyTree:
+    return jax.tree.map(
+        lambda leaf: jnp.pad(leaf[:, None], [(0, 0), (0, CHUNK - 1)] + [(0, 0)] * (leaf.ndim - 1)), vectors
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_row(chunk: PyTree, vectors: PyTree, row: int) -> PyTree:
+    return jax.tree.map(lambda c, v: jax.lax.dynamic_update_slice_in_dim(c, v[:, None], row, axis=1), chunk, vectors)

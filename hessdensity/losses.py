@@ -1,0 +1,129 @@
+"""What a loss may return, its mean over all the data, and the usual losses on top of a model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _trees
+from .data import Passes, Report, leading_lengths
+
+PyTree = Any
+Loss = Callable[[PyTree, PyTree], Any]
+
+
+class Total(NamedTuple):
+    """What a loss returns when its examples are masked or weighted: their sum, and what to divide it by.
+
+    The Hessian is that of (sum of all batches' ``sum``) / (sum of all batches' ``count``).
+
+    Example:
+      >>> Total(sum=jnp.sum(jnp.array([1.0, 2.0, 0.0])), count=2)
+      Total(sum=Array(3., dtype=float32), count=2)
+    """
+
+    sum: Any
+    """Sum of the examples' losses, a scalar."""
+    count: Any
+    """Number (or total weight) of the examples that count, a scalar that does not depend on the parameters."""
+
+
+def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
+    """The loss of a batch as a sum and a count: its mean weighted by the batch's length, or its own `Total`."""
+    value = loss(params, batch)
+    if isinstance(value, Total):
+        return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
+    (count,) = set(leading_lengths(batch).values())
+    return Total(value * count, jnp.asarray(count))
+
+
+def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
+    """Refuse a loss or a batch from which no mean over examples can be taken.
+
+    Raises:
+      TypeError: the loss returns something else than a scalar or a `Total`.
+      ValueError: it returns a mean, and the batch's leaves do not agree on the number of examples.
+    """
+    value = jax.eval_shape(loss, params, batch)
+    parts = value if isinstance(value, Total) else (value,)
+    if not isinstance(value, Total) and not hasattr(value, "shape"):
+        raise TypeError(
+            f"loss returned a {type(value).__name__}; expected the batch's mean loss, a scalar, or "
+            "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside the loss."
+        )
+    if any(getattr(part, "shape", ()) != () for part in parts):
+        shapes = [tuple(part.shape) for part in parts]
+        raise TypeError(f"loss returned shape {shapes[0]}; expected a scalar: take the mean over the batch's examples.")
+    if not jnp.issubdtype(parts[0].dtype, jnp.floating):
+        raise TypeError(f"loss returned dtype {parts[0].dtype}; expected a real floating-point scalar.")
+    lengths = leading_lengths(batch)
+    if not isinstance(value, Total) and (len(set(lengths.values())) != 1 or None in lengths.values()):
+        raise ValueError(
+            "the batch's leaves have no common leading axis, so the number of examples behind the loss's mean is "
+            f"unknown: their lengths are {lengths}. Repair the batch, or return hd.Total(sum, count) from the loss."
+        )
+
+
+def mean_gradient(loss: Loss, params: PyTree, passes: Passes) -> PyTree:
+    """Gradient of the mean loss over all the data, like ``params``. One pass, one gradient a batch."""
+    total, reports = passes.accumulate(partial(_add_gradient, loss, params), _trees.zeros(_trees.abstract(params)))
+    count = sum(report.count.item() for report in reports)
+    return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
+
+
+@partial(jax.jit, donate_argnums=2)
+def _add_gradient(loss: Loss, params: PyTree, total: PyTree, batch: PyTree) -> tuple[PyTree, Report]:
+    def value(params: PyTree) -> tuple[jax.Array, jax.Array]:
+        return batch_total(loss, params, batch)
+
+    (batch_sum, count), gradient = jax.value_and_grad(value, has_aux=True)(params)
+    return _trees.add(total, gradient), Report(batch_sum, count, _trees.all_finite(gradient))
+
+
+# Losses on a model's outputs: criterion(outputs, batch's targets) -> mean, or Total. Optax has the mathematics.
+# ---------
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy; labels are integers (batch,) or one-hot (batch, classes)."""
+    import optax
+
+    labels = jnp.asarray(labels)
+    if labels.ndim == logits.ndim:
+        return optax.softmax_cross_entropy(logits, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def mean_squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean over examples and outputs of (prediction - target)^2, without the factor one half."""
+    import optax
+
+    if predictions.shape != targets.shape:
+        raise ValueError(
+            f"predictions {predictions.shape} and targets {targets.shape} differ in shape, and would be broadcast "
+            "against each other; reshape one of them."
+        )
+    return optax.squared_error(predictions, targets).mean()
+
+
+def next_token_cross_entropy(logits: jax.Array, tokens: jax.Array, mask: jax.Array | None = None) -> Total:
+    """Cross-entropy of each token given those before it, over the tokens that count.
+
+    Args:
+      logits: (batch, length, vocabulary); position t predicts token t + 1.
+      tokens: (batch, length) integers.
+      mask: (batch, length), 1 for tokens to be predicted and 0 for padding; all count by default.
+
+    Returns:
+      `Total` over tokens: batches with more padding weigh less, as they should.
+    """
+    import optax
+
+    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    counted = mask[:, 1:].astype(bool)
+    return Total(jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(counted))

@@ -1,0 +1,105 @@
+"""An estimated quantity, and how far to trust it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """An estimate with its error, scalar or array: all four fields have one shape.
+
+    It stands in for its value where a number or an array is wanted (``float(e)``, ``np.asarray(e)``, ``plt.plot(x,
+    e)``) and prints with its error: ``f"{e:.3g}"``.
+
+    Example:
+      >>> e = Estimate(1.0, 0.25, 0.5, 1.5)
+      >>> print(e)
+      1 ± 0.25
+      >>> float(e) + 1
+      2.0
+    """
+
+    value: Any
+    """The estimate."""
+    standard_error: Any
+    """One standard deviation of the estimate, in its units."""
+    lower: Any
+    """Lower end of the interval that holds the truth in about 95 % of runs."""
+    upper: Any
+    """Upper end of that interval."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value, dtype=dtype) if copy else np.asarray(self.value, dtype=dtype)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __format__(self, spec: str) -> str:
+        if np.ndim(self.value):
+            return (
+                f"{np.shape(self.value)} estimates, standard errors up to {format(np.max(self.standard_error), spec)}"
+            )
+        return f"{format(self.value, spec)} ± {format(self.standard_error, '.2g')}"
+
+    def __str__(self) -> str:
+        return format(self, ".6g")
+
+
+def normal_estimate(value: Any, standard_error: Any) -> Estimate:
+    """The interval is two standard errors to either side."""
+    return Estimate(value, standard_error, value - 2 * standard_error, value + 2 * standard_error)
+
+
+def positive_estimate(value: np.ndarray, standard_error: np.ndarray, probes: int) -> Estimate:
+    """The mean of a non-negative function over the eigenvalues, seen by k probes.
+
+    It follows truth x chi-square(nu)/nu closely, nu = 2 value^2 / standard_error^2 (Satterthwaite 1946): exactly so
+    where it hangs on one eigenvalue, when nu = k. No non-negative function has fewer degrees of freedom, though an
+    estimate that came out small would say so. The interval is therefore skewed: for two probes an outlier's weight is
+    uncertain by a factor of four downwards and of forty upwards, which two standard errors to either side would hide.
+    """
+    from scipy.special import gammaincinv
+
+    relative = np.divide(standard_error, value, out=np.zeros_like(value), where=value > 0)
+    half = np.maximum(1 / np.maximum(relative, 1e-9) ** 2, probes / 2)
+    lower, upper = (value * half / gammaincinv(half, level) for level in (0.975, 0.025))
+    return Estimate(value, standard_error, lower, upper)
+
+
+def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bounds on the share F of a spectrum, from shares seen by random probes.
+
+    A probe uniform on the sphere of N dimensions sees Beta(N F / 2, N (1 - F) / 2) of a share F: its squared
+    components are those of a chi-square over a sum of chi-squares. The mean over k probes has the same mean and the
+    variance of Beta(c F, c (1 - F)), c = k (N + 2) / 2 - 1, which is the law itself for k = 1. The bounds are the
+    shares for which what was seen is the 2.5 % and the 97.5 % quantile.
+
+    Args:
+      low: the smallest share that may have been seen (quadrature leaves it uncertain), in [0, 1].
+      high: the largest.
+      freedom: k (N + 2).
+
+    Returns:
+      (lower, upper), of the broadcast shape of ``low`` and ``high``.
+    """
+    from scipy.special import betainc
+
+    concentration = freedom / 2 - 1
+
+    def solve(seen: np.ndarray, level: float) -> np.ndarray:
+        # P(Beta <= seen) falls as F grows: bisection, vectorised over what was seen.
+        left, right = np.zeros_like(seen), np.ones_like(seen)
+        for _ in range(60):
+            middle = (left + right) / 2
+            above = betainc(concentration * middle, concentration * (1 - middle), seen) > level
+            left, right = np.where(above, middle, left), np.where(above, right, middle)
+        return (left + right) / 2
+
+    low, high = (np.clip(np.asarray(x, float), 0, 1) for x in (low, high))
+    lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
+    upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
+    return lower, upper

@@ -1,0 +1,107 @@
+"""The arrows between the rooms point one way, and the package keeps its hands to itself."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "hessdensity"
+
+# Which of our own rooms a room may import. Whoever adds a room adds a line, and says why in the commit.
+MAY_IMPORT = {
+    "_trees": set(),
+    "results": set(),
+    "quadrature": set(),
+    "_selection": {"_trees"},
+    "_archive": {"quadrature"},
+    "_summary": set(),
+    "data": {"_trees"},
+    "losses": {"_trees", "data"},
+    "operators": {"_trees", "_selection"},
+    "hessian": {"_trees", "_selection", "data", "losses"},
+    "verify": {"_trees", "operators"},
+    "lanczos": {"_trees"},
+    "density": {"quadrature", "results", "_archive", "_summary"},
+    "slq": {"_trees", "lanczos", "operators", "quadrature", "density"},
+    "comparison": {"density"},
+    "adapters": {"losses"},
+    "plots": {"density"},
+    "demo": {"adapters", "losses", "data", "density", "comparison"},
+    "cli": {"", "demo"},
+    "__init__": {
+        "comparison",
+        "data",
+        "density",
+        "hessian",
+        "losses",
+        "operators",
+        "quadrature",
+        "results",
+        "slq",
+        "verify",
+    },
+}
+HEAVY = {"flax", "optax", "orbax", "matplotlib", "scipy", "sklearn", "tqdm"}
+
+
+def imports(tree):
+    """(module, whether it runs when the file is imported) of every import but those for type checkers."""
+    found = []
+
+    def visit(node, at_import):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, at_import) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            bare = base in {".", "hessdensity"}
+            found.extend([(f"{base.rstrip('.')}.{alias.name}" if bare else base, at_import) for alias in node.names])
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            visit(child, at_import and not inside)
+
+    visit(tree, True)
+    return found
+
+
+def ours(name):
+    """Our room behind a module name, or None."""
+    for prefix in ("hessdensity.", "."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix).split(".")[0]
+    return "" if name == "hessdensity" else None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_a_room_imports_only_what_it_may(path):
+    tree = ast.parse(path.read_text())
+    for name, at_import in imports(tree):
+        room = ours(name)
+        lazy_plot = path.stem == "density" and room == "plots" and not at_import
+        assert room is None or room in MAY_IMPORT[path.stem] or lazy_plot, f"{path.name} imports {name}"
+        drawing = path.stem == "plots" and name.startswith("matplotlib")
+        assert not at_import or name.split(".")[0] not in HEAVY or drawing, f"{path.name} loads {name} when imported"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_a_room_neither_prints_nor_configures(path):
+    text = path.read_text()
+    calls = {
+        node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and hasattr(node.func, "id")
+    }
+    assert "print" not in calls
+    assert "open" not in calls or path.stem == "_archive"
+    assert "jax.config" not in text
+    assert "os.environ" not in text
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_a_room_is_one_idea(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_function_bears_its_modules_name():
+    for path in PACKAGE.glob("*.py"):
+        defined = {getattr(node, "name", None) for node in ast.parse(path.read_text()).body}
+        assert path.stem not in defined
