@@ -161,7 +161,8 @@ class Passes:
             f"data: pass {self._passes} differs from pass 1, first in batch {differing[0]}: "
             f"{_said(losses, counts, differing[0])}, was {_said(expected, expected_counts, differing[0])}; over the "
             f"whole pass {sum(counts)} examples of mean loss {mean:.9g}, was {sum(expected_counts)} of "
-            f"{expected_mean:.9g}. The operator would not be one matrix. Fix the subset, and switch off augmentation and dropout."
+            f"{expected_mean:.9g}. The operator would not be one matrix. Fix the subset, and switch off augmentation "
+            "and dropout."
         )
 
     def describe(self) -> dict[str, Any]:

@@ -154,8 +154,9 @@ class SpectralDensity:
             result = np.asarray(f(nodes), float)
             if result.shape != nodes.shape or not np.all(np.isfinite(result)):
                 raise ValueError(
-                    f"f must give one finite number a node: {nodes.size} nodes in [{nodes.min():.3g}, {nodes.max():.3g}] "
-                    f"gave shape {result.shape}, {np.sum(~np.isfinite(result))} not finite. Nodes may be negative."
+                    f"f must give one finite number a node: {nodes.size} nodes from {nodes.min():.3g} to "
+                    f"{nodes.max():.3g} gave shape {result.shape}, {np.sum(~np.isfinite(result))} not finite. "
+                    "Nodes may be negative."
                 )
             return result[:, None]
 

@@ -85,7 +85,7 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
     with jax.default_matmul_precision("highest"):
         before = np.asarray(_trees.norm(start_vectors))
         vectors, after = _orthogonalise(_trees.scale(start_vectors, 1 / _trees.norm(start_vectors)), tuple(chunks))
-        if not np.all(np.isfinite(before)) or np.any(after <= 64 * float(jnp.finfo(after.dtype).eps)):
+        if not np.all(after > 64 * np.finfo(after.dtype).eps):  # written so that a NaN is refused
             raise ValueError(
                 f"start_vectors have norms {before}, and {after} of each is left outside of `against`; expected finite "
                 "vectors that are not zero there."
