@@ -10,6 +10,7 @@ variance 1e-5 x max(1, range). W1 is the integral of |cdf difference|, in units 
 Answer: not yet measured.
 """
 
+import statistics
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ NUM_STEPS = (15, 30, 45, 60, 90, 120)
 NUM_PROBES = (1, 2, 4, 10)
 BUDGET = 180  # products
 SHARED_OUT = ((180, 1), (90, 2), (60, 3), (45, 4), (36, 5), (30, 6), (20, 9), (15, 12))  # (steps, probes)
-POOL = 120  # independent probes, of which every cell of the tables takes disjoint groups
+POOL = 360  # independent probes; every cell of the tables deals them out to disjoint runs
+RUNS = 12  # of their settings
 
 
 def problem() -> tuple[hd.Hessian, np.ndarray]:
@@ -109,41 +111,59 @@ def draw(density: hd.SpectralDensity, exact: Exact) -> plt.Figure:
     return figure
 
 
-if __name__ == "__main__":
+def their_settings(hessian: hd.Hessian, exact: Exact) -> tuple[dict[str, Any], hd.SpectralDensity]:
+    """90 steps, 10 probes: what `RUNS` keys gave, and the run whose W1 is the (upper) median."""
+    runs = []
+    for key in range(RUNS):
+        density = hd.spectral_density(hessian, jax.random.key(key), num_steps=90, num_probes=10, progress=False)
+        runs.append((*exact.errors(density), density))
+    runs.sort(key=lambda run: run[0])
+    w1, l1, densities = zip(*runs, strict=True)
+    traces = [density.trace() for density in densities]
+    true_trace = float(exact.eigenvalues.sum())
+    median = RUNS // 2
+    result = {
+        "w1": w1,
+        "l1": l1,
+        "trace": [trace.value for trace in traces],
+        "trace_standard_error": [trace.standard_error for trace in traces],
+        "exact_trace": true_trace,
+        "seconds": statistics.median(density.description["seconds"] for density in densities),
+    }
+    held = sum(trace.lower <= true_trace <= trace.upper for trace in traces)
+    low, high = densities[median].extremes()
+    print(f"90 steps, 10 probes, {RUNS} keys, {result['seconds']:.1f} s each")
+    print(f"  W1/range   median {w1[median]:.1e}, worst {w1[-1]:.1e}; {sum(w <= 1e-4 for w in w1)} of {RUNS} <= 1e-4")
+    print(f"  L1         median {statistics.median(l1):.4f}, worst {max(l1):.4f}")
+    print(f"  trace      {traces[median]:.4g} in the median run, exact {true_trace:.5g}; ±2 s.e. held it {held} times")
+    print(f"  extremes   {low.value:.7f} and {high.value:.6f}")
+    print(f"  exact      {exact.eigenvalues[0]:.7f} and {exact.eigenvalues[-1]:.6f}")
+    return result, densities[median]
+
+
+def main() -> None:
     hessian, eigenvalues = problem()
     exact = Exact(eigenvalues)
-    print("their settings: 90 steps, 10 probes")
-    density = hd.spectral_density(hessian, jax.random.key(0), num_steps=90, num_probes=10, progress=False)
-    w1, l1 = exact.errors(density)
-    trace, true_trace = density.trace(), float(eigenvalues.sum())
-    seconds = density.description["seconds"]
-    print(f"W1/range {w1:.1e}, L1 {l1:.3f}, trace {trace:.4g} (exact {true_trace:.4g}), {seconds:.1f} s")
-    ends = density.extremes()
-    print(f"extremes {ends.smallest.value:.7g}, {ends.largest.value:.7g} (exact {eigenvalues[0]:.7g}, {eigenvalues[-1]:.7g})")
+    verification, density = their_settings(hessian, exact)
 
     matrices = pool(hessian, BUDGET)
     cells = {(m, k): mean_errors(exact, matrices, m, k) for m in NUM_STEPS for k in NUM_PROBES}
-    print("\nW1/range and L1, means over disjoint groups of the same 120 probes")
+    print(f"\nW1/range and L1, means over the runs that {POOL} probes make")
     print("steps" + "".join(f"{f'{k} probes':>18}" for k in NUM_PROBES))
     for m in NUM_STEPS:
         row = (cells[m, k] for k in NUM_PROBES)
         print(f"{m:5}" + "".join(f"{cell['w1']:>11.1e}{cell['l1']:>7.3f}" for cell in row))
     shared = [mean_errors(exact, matrices, m, k) for m, k in SHARED_OUT]
-    print(f"\n{BUDGET} products, steps x probes")
+    print(f"\n{BUDGET} products, steps x probes: W1/range and L1")
     for cell in shared:
         settings = f"{cell['num_steps']} x {cell['num_probes']}"
-        print(f"{settings:>9}{cell['w1']:>11.2e} ± {cell['w1_standard_error']:.0e}{cell['l1']:>8.3f}")
-    best = min(shared, key=lambda cell: cell["w1"])
-    print(f"best W1 with {best['num_steps']} steps x {best['num_probes']} probes")
+        print(f"{settings:>9}{cell['w1']:>11.2e} ± {cell['w1_standard_error']:.0e}{cell['l1']:>8.4f}")
 
-    their_settings = {
-        "w1": w1,
-        "l1": l1,
-        "trace": trace.value,
-        "trace_standard_error": trace.standard_error,
-        "exact_trace": true_trace,
-        "seconds": seconds,
-    }
-    path = save("mnist_reference", {"their_settings": their_settings, "cells": list(cells.values()), "budget": shared})
+    result = {"their_settings": verification, "cells": list(cells.values()), "budget": shared}
+    path = save("mnist_reference", result)
     draw(density, exact).savefig(path.with_suffix(".png"), dpi=120)
-    print(f"saved in {path.name}, drawn in {path.with_suffix('.png').name}")
+    print(f"\nsaved in {path.name}, drawn in {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ import numpy as np
 from . import _archive
 from ._summary import in_words
 from .quadrature import Rule, cumulative, cumulative_bounds
-from .results import Estimate, normal_estimate, positive_estimate, share_interval
+from .results import Estimate, normal_estimate, positive_interval, share_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # noqa: TID251
@@ -104,15 +104,16 @@ class SpectralDensity:
         parts = [(rule.nodes[rule.num_deflated :], rule.weights[rule.num_deflated :]) for rule in self.rules]
         return [(nodes, weights / (weights.sum() or 1)) for nodes, weights in parts]
 
-    def _expectations(self, values: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, its standard error) of functions given as nodes (j,) -> (j, number of functions)."""
+    def _expectations(self, values: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(sum over the deflated part, mean over the probes' part, its standard error) of several functions.
+
+        They are given as one, from nodes (j,) to (j, number of functions).
+        """
         parts = [(values(nodes), weights[:, None]) for nodes, weights in self._probe_parts()]
-        means = np.stack([(weights * f).sum(0) for f, weights in parts])
-        mean = means.mean(0)
+        mean = np.mean([(weights * f).sum(0) for f, weights in parts], axis=0)
         # Around the pooled mean and not as mean f^2 - (mean f)^2, which cancels when f is far from zero.
         spread = np.mean([(weights * (f - mean) ** 2).sum(0) for f, weights in parts], axis=0)
-        error = np.sqrt(2 * spread / max(self._freedom - 2, 1))
-        return self._deflated_sum(values) + self._probed * mean, self._probed * error
+        return self._deflated_sum(values), mean, np.sqrt(2 * spread / max(self._freedom - 2, 1))
 
     # Smooth quantities -----------------------------------------------------------------------------------------------
 
@@ -137,8 +138,11 @@ class SpectralDensity:
         def kernel(nodes: np.ndarray) -> np.ndarray:
             return np.exp(-0.5 * ((x.ravel() - nodes[:, None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-        value, error = (array.reshape(x.shape) for array in self._expectations(kernel))
-        return positive_estimate(value, error, len(self.rules))
+        deflated, mean, error = self._expectations(kernel)
+        bounds = positive_interval(mean, error, self._freedom, max(self.dimension - self._num_deflated, 1))
+        parts = (deflated + self._probed * part for part in (mean, *bounds))
+        value, lower, upper = (part.reshape(x.shape) for part in parts)
+        return Estimate(value, self._probed * error.reshape(x.shape), lower, upper)
 
     def expectation(self, f: Callable[[np.ndarray], Any]) -> Estimate:
         """Mean of ``f`` over the eigenvalues, tr f(H) / n.
@@ -160,8 +164,8 @@ class SpectralDensity:
                 )
             return result[:, None]
 
-        value, error = self._expectations(values)
-        return normal_estimate(float(value[0]), float(error[0]))
+        deflated, mean, error = (float(part[0]) for part in self._expectations(values))
+        return normal_estimate(deflated + self._probed * mean, self._probed * error)
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / n, in eigenvalue units to the power k. Quadrature is exact up to k = 2 num_steps - 1."""

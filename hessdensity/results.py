@@ -54,22 +54,6 @@ def normal_estimate(value: Any, standard_error: Any) -> Estimate:
     return Estimate(value, standard_error, value - 2 * standard_error, value + 2 * standard_error)
 
 
-def positive_estimate(value: np.ndarray, standard_error: np.ndarray, probes: int) -> Estimate:
-    """The mean of a non-negative function over the eigenvalues, seen by k probes.
-
-    It follows truth x chi-square(nu)/nu closely, nu = 2 value^2 / standard_error^2 (Satterthwaite 1946): exactly so
-    where it hangs on one eigenvalue, when nu = k. No non-negative function has fewer degrees of freedom, though an
-    estimate that came out small would say so. The interval is therefore skewed: for two probes an outlier's weight is
-    uncertain by a factor of four downwards and of forty upwards, which two standard errors to either side would hide.
-    """
-    from scipy.special import gammaincinv
-
-    relative = np.divide(standard_error, value, out=np.zeros_like(value), where=value > 0)
-    half = np.maximum(1 / np.maximum(relative, 1e-9) ** 2, probes / 2)
-    lower, upper = (value * half / gammaincinv(half, level) for level in (0.975, 0.025))
-    return Estimate(value, standard_error, lower, upper)
-
-
 def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarray]:
     """95 % bounds on the share F of a spectrum, from shares seen by random probes.
 
@@ -103,3 +87,30 @@ def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[n
     lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
     upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
     return lower, upper
+
+
+def positive_interval(
+    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bounds on the mean of a non-negative function over a spectrum.
+
+    The function is taken for one that is K on a share F of the spectrum and 0 elsewhere, with the same mean K F and the
+    same mean square K^2 F, and the bounds are those on F: exactly so where it hangs on one eigenvalue. There its
+    weight is a chi-square of k degrees, for two probes uncertain by a factor of four downwards and of forty upwards,
+    which two standard errors to either side would hide.
+
+    Args:
+      mean: what the probes saw.
+      error: its standard error.
+      freedom: k (N + 2).
+      dimension: N; no share that is not empty is below 1/N.
+
+    Returns:
+      (lower, upper), of the shape of ``mean``.
+    """
+    seen = mean > 0
+    variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
+    share = 1 / (1 + variance)
+    lower, upper = share_interval(share, share, freedom)
+    height = mean / share
+    return height * lower, height * np.where(seen, np.maximum(upper, 1 / dimension), 0)
