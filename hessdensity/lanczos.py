@@ -22,6 +22,8 @@ from . import _trees
 
 PyTree = Any
 
+_ASYMMETRY = 0.05  # far above the rounding of a model that computes in bfloat16, far below a rule that is no derivative
+
 CHUNK = 8
 """Basis vectors a chunk: few, because the last chunk is read whole, and zeros take memory."""
 
@@ -84,7 +86,7 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
     ]
     with jax.default_matmul_precision("highest"):
         before = np.asarray(_trees.norm(start_vectors))
-        vectors, after = _orthogonalise(_trees.scale(start_vectors, 1 / _trees.norm(start_vectors)), tuple(chunks))
+        vectors, _, after = _orthogonalise(_trees.scale(start_vectors, 1 / _trees.norm(start_vectors)), tuple(chunks))
         if not np.all(after > 64 * np.finfo(after.dtype).eps):  # written so that a NaN is refused
             raise ValueError(
                 f"start_vectors have norms {before}, and {after} of each is left outside of `against`; expected finite "
@@ -114,6 +116,8 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
 
     Raises:
       NonFiniteProduct: the product holds a NaN or an infinity.
+      ValueError: the operator is not symmetric. For a symmetric one the three terms leave nothing along the earlier
+        vectors; what the orthogonalisation takes away there tells, at no cost.
 
     Cost: reads the basis twice.
     """
@@ -123,7 +127,8 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         residual, alpha = _recur(
             product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
         )
-        residual, beta = _orthogonalise(residual, (*state.against, *state.basis))
+        residual = _project_out(residual, state.against)  # a true coupling, if the basis is not invariant
+        residual, removed, beta = _orthogonalise(residual, (*state.against, *state.basis))
         alpha = np.asarray(alpha, float)
         if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
             raise NonFiniteProduct(
@@ -135,7 +140,14 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         rows = np.abs(diagonal)
         rows[:, :-1] += state.off_diagonal
         rows[:, 1:] += state.off_diagonal
-        alive = beta > 8 * epsilon * rows.max(axis=1)
+        size = rows.max(axis=1)
+        if np.any(removed > _ASYMMETRY * size):
+            raise ValueError(
+                f"Lanczos step {step}: the operator is not symmetric, or not the same in every product. Of this "
+                f"one, {np.max(removed / size):.2g} of the operator's norm lies along earlier vectors, where a symmetric one "
+                "has nothing. hd.verify_operator(operator, key) tells more."
+            )
+        alive = beta > 8 * epsilon * size
         off_diagonal = np.concatenate([state.off_diagonal, np.where(alive, beta, 0.0)[:, None]], axis=1)
         # Dividing by an infinite number makes a zero vector of the residual of a probe that has ended.
         vectors = _normalise(residual, jnp.asarray(np.where(alive, beta, np.inf), beta.dtype))
@@ -171,24 +183,34 @@ def _ended(state: LanczosState) -> bool:
     return state.off_diagonal.shape[1] > 0 and not np.any(state.off_diagonal[:, -1])
 
 
-def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.ndarray]:
-    """Classical Gram-Schmidt against all chunks, repeated where it cancelled; (block, its norms).
+def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.ndarray, np.ndarray]:
+    """Classical Gram-Schmidt against all chunks, repeated where it cancelled.
 
     A block that comes in almost orthogonal, as the recurrence leaves it, needs one pass: what is left is one rounding
     unit of its norm. Only a pass that takes away much of the norm leaves a residual that is not small beside what
     remains, and then it is done again (Daniel, Gragg, Kaufman and Stewart 1976), which halves the reading of the basis.
+
+    Returns:
+      The block, the norms of what the first pass took away, the norms of what is left.
     """
-    before = np.asarray(_trees_norm(block))
+    before = np.asarray(_norm(block))
+    removed = None
     while True:
-        if chunks:
-            coefficients = [_trees_coefficients(chunk, block) for chunk in chunks]
-            for chunk, factors in zip(chunks, coefficients, strict=True):
-                block = _subtract_combination(block, factors, chunk)
-        after = np.asarray(_trees_norm(block))
+        block = _project_out(block, chunks)
+        after = np.asarray(_norm(block))
+        if removed is None:
+            removed = np.sqrt(np.maximum(before.astype(float) ** 2 - after.astype(float) ** 2, 0))
         # A vector of the span shrinks by a rounding unit a pass, until it is zero.
         if np.all((after > before / 2) | (after <= np.finfo(after.dtype).tiny)) or not np.all(np.isfinite(after)):
-            return block, after
+            return block, removed, after
         before = after
+
+
+def _project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> PyTree:
+    coefficients = [_coefficients(chunk, block) for chunk in chunks]
+    for chunk, factors in zip(chunks, coefficients, strict=True):
+        block = _subtract_combination(block, factors, chunk)
+    return block
 
 
 def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[PyTree, ...]:
@@ -202,8 +224,8 @@ def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[
 # The compiled kernels. Every one has the shape of a block or of a chunk, so that their number does not grow with the
 # steps; consumed arguments are donated, so that nothing is copied.
 
-_trees_norm = jax.jit(_trees.norm)
-_trees_coefficients = jax.jit(_trees.coefficients)
+_norm = jax.jit(_trees.norm)
+_coefficients = jax.jit(_trees.coefficients)
 _subtract_combination = partial(jax.jit, donate_argnums=0)(_trees.subtract_combination)
 
 

@@ -178,6 +178,18 @@ def test_a_start_that_cannot_be_is_refused(start, num_steps, against, said):
         lanczos.init(start, num_steps, against)
 
 
+def test_an_operator_that_is_not_symmetric_is_refused_at_no_cost(key, dtype):
+    wrong = np.random.default_rng(0).standard_normal((30, 30))
+    nonsymmetric = hd.FunctionOperator(lambda v: jnp.asarray(wrong, dtype) @ v, jnp.zeros(30, dtype))
+    drifting = iter(range(100))
+    unstable = hd.FunctionOperator(
+        lambda v: v * jnp.roll(jnp.arange(30.0, dtype=dtype), next(drifting)), nonsymmetric.like
+    )
+    for operator in (nonsymmetric, unstable):
+        with pytest.raises(ValueError, match=r"step [1-5]: the operator is not symmetric, or not the same"):
+            run(operator, key, 10, count=1)
+
+
 def test_a_product_that_is_not_finite_names_the_step(key):
     calls = iter([1.0, 1.0, np.nan])
     operator = hd.FunctionOperator(lambda v: v * jnp.arange(5.0) * next(calls), jnp.zeros(5))
