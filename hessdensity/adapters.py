@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 from jax.tree_util import Partial
 
 from .losses import Loss
@@ -81,7 +82,13 @@ class _LinenLoss:
         if not self.train:
             outputs = self.model.apply(variables, inputs, **dict(self.options))
         else:
-            outputs, _ = self.model.apply(variables, inputs, mutable=["batch_stats"], **dict(self.options))
+            outputs, updated = self.model.apply(variables, inputs, mutable=["batch_stats"], **dict(self.options))
+            before, after = jax.tree.leaves(state["batch_stats"]), jax.tree.leaves(updated["batch_stats"])
+            if all(old is new for old, new in zip(before, after, strict=True)):
+                raise ValueError(
+                    "batch_statistics='batch', but the model went on using its stored ones; pass its switch to "
+                    f"from_linen, such as train=True or use_running_average=False (given: {dict(self.options)})."
+                )
         return self.criterion(outputs, *rest)
 
 

@@ -78,8 +78,8 @@ def run(
         # A long computation must not end in a folder that is not there.
         if not Path(target).absolute().parent.is_dir():
             raise click.BadParameter(f"{target!r}: the folder {str(Path(target).absolute().parent)!r} does not exist.")
-    made = _load(problem)()
-    operator = hd.Hessian(*made) if isinstance(made, tuple) else made
+    _check_format(plot)
+    operator = _operator(problem)
     density = hd.spectral_density(
         operator, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, progress=progress
     )
@@ -92,7 +92,10 @@ def run(
         click.echo(f"Figure: {plot}")
 
 
-def _load(problem: str) -> Any:
+def _operator(problem: str) -> Any:
+    """What ``package.module:function`` returns, as an operator."""
+    import hessdensity as hd
+
     module, separator, function = problem.partition(":")
     if not separator:
         raise click.BadParameter(f"{problem!r} names no function; expected package.module:function.")
@@ -105,7 +108,28 @@ def _load(problem: str) -> Any:
         raise click.BadParameter(f"there is no module {error.name!r} in the current folder or installed.") from error
     if not hasattr(found, function):
         raise click.BadParameter(f"module {module!r} has no function {function!r}.")
-    return getattr(found, function)
+    make = getattr(found, function)
+    if not callable(make):
+        raise click.BadParameter(f"{problem!r} is a {type(make).__name__}; expected a function without arguments.")
+    made = make()
+    if isinstance(made, tuple) and len(made) == 3:
+        return hd.Hessian(*made)
+    if not hasattr(made, "like"):
+        raise click.BadParameter(
+            f"{problem!r} returned a {type(made).__name__}; expected (loss, params, data), or an operator."
+        )
+    return made
+
+
+def _check_format(path: str | None) -> None:
+    """Refuse a figure's suffix before the long computation, not after it."""
+    if path is None:
+        return
+    from hessdensity.plots import formats
+
+    suffix = Path(path).suffix.lstrip(".")
+    if suffix not in formats():
+        raise click.BadParameter(f"{path!r}: no figure can be written as {suffix!r}; expected {', '.join(formats())}.")
 
 
 def _save_figure(density: Any, path: str, **options: Any) -> None:

@@ -78,9 +78,8 @@ class Passes:
 
     def __iter__(self) -> Iterator[PyTree]:
         """Batches on the device, each one handed over when the transfer of the next has begun."""
-        source = self._source() if callable(self._source) and not hasattr(self._source, "__iter__") else self._source
         ahead: tuple[PyTree, ...] = ()
-        for index, batch in enumerate(source):
+        for index, batch in enumerate(_fresh(self._source)):
             placed = self._place(batch, index)
             yield from ahead
             ahead = (placed,)
@@ -195,6 +194,19 @@ def _differing(
     close = np.isclose(losses[:common], expected[:common], rtol=0, atol=tolerance, equal_nan=True)
     differs = [index for index in range(common) if not close[index] or counts[index] != expected_counts[index]]
     return differs + list(range(common, max(len(counts), len(expected_counts))))
+
+
+def _fresh(source: Any) -> Iterator[PyTree]:
+    """An iterator over the batches from the first one on."""
+    if hasattr(source, "__iter__"):
+        return iter(source)
+    if hasattr(source, "__getitem__"):
+        # As a map-style dataset: its length alone may end it, where Python's own protocol waits for an IndexError.
+        return (source[index] for index in range(len(source))) if hasattr(source, "__len__") else iter(source)
+    made = source()
+    if not hasattr(made, "__iter__"):
+        raise TypeError(f"data: the function returned a {type(made).__name__}; expected an iterator over batches.")
+    return iter(made)
 
 
 def _is_array(value: Any) -> bool:

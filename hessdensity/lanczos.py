@@ -143,9 +143,9 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         size = rows.max(axis=1)
         if np.any(removed > _ASYMMETRY * size):
             raise ValueError(
-                f"Lanczos step {step}: the operator is not symmetric, or not the same in every product. Of this "
-                f"one, {np.max(removed / size):.2g} of the operator's norm lies along earlier vectors, where a symmetric one "
-                "has nothing. hd.verify_operator(operator, key) tells more."
+                f"Lanczos step {step}: the operator is not symmetric, or not the same in every product. Of "
+                f"this one, {np.max(removed / size):.2g} of the operator's norm lies along earlier vectors, where a "
+                "symmetric one has nothing. hd.verify_operator(operator, key) tells more."
             )
         alive = beta > 8 * epsilon * size
         off_diagonal = np.concatenate([state.off_diagonal, np.where(alive, beta, 0.0)[:, None]], axis=1)

@@ -38,7 +38,8 @@ def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
     if isinstance(value, Total):
         return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
     (count,) = set(leading_lengths(batch).values())
-    return Total(value * count, jnp.asarray(count))
+    # The mean over no example is NaN, and weighs nothing.
+    return Total(value * count if count else jnp.zeros_like(value), jnp.asarray(count))
 
 
 def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
@@ -48,24 +49,35 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
       TypeError: the loss returns something else than a scalar or a `Total`.
       ValueError: it returns a mean, and the batch's leaves do not agree on the number of examples.
     """
-    value = jax.eval_shape(loss, params, batch)
-    parts = value if isinstance(value, Total) else (value,)
-    if not isinstance(value, Total) and not hasattr(value, "shape"):
-        raise TypeError(
-            f"loss returned a {type(value).__name__}; expected the batch's mean loss, a scalar, or "
-            "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside the loss."
-        )
-    if any(getattr(part, "shape", ()) != () for part in parts):
-        shapes = [tuple(part.shape) for part in parts]
-        raise TypeError(f"loss returned shape {shapes[0]}; expected a scalar: take the mean over the batch's examples.")
-    if not jnp.issubdtype(parts[0].dtype, jnp.floating):
-        raise TypeError(f"loss returned dtype {parts[0].dtype}; expected a real floating-point scalar.")
     lengths = leading_lengths(batch)
-    if not isinstance(value, Total) and (len(set(lengths.values())) != 1 or None in lengths.values()):
-        raise ValueError(
-            "the batch's leaves have no common leading axis, so the number of examples behind the loss's mean is "
-            f"unknown: their lengths are {lengths}. Repair the batch, or return hd.Total(sum, count) from the loss."
-        )
+    agree = len(set(lengths.values())) == 1 and None not in lengths.values()
+    refusal = (
+        "the batch's leaves have no common leading axis, so the number of examples behind the loss's mean is "
+        f"unknown: their lengths are {lengths}. Repair the batch, or return hd.Total(sum, count) from the loss."
+    )
+    try:
+        value = jax.eval_shape(loss, params, batch)
+    except (TypeError, ValueError) as error:
+        if agree:
+            raise
+        raise ValueError(refusal) from error
+    named = value._asdict() if isinstance(value, Total) else {"loss": value}
+    for name, part in named.items():
+        where = f"loss: Total's {name}" if isinstance(value, Total) else "loss"
+        if not hasattr(part, "shape"):
+            raise TypeError(
+                f"{where} returned a {type(part).__name__}; expected the batch's mean loss, a scalar, or "
+                "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside the loss."
+            )
+        if part.shape != ():
+            raise TypeError(
+                f"{where} returned shape {part.shape}; expected a scalar: take the mean over the batch's examples."
+            )
+    (first, *_) = named.values()
+    if not jnp.issubdtype(first.dtype, jnp.floating):
+        raise TypeError(f"loss returned dtype {first.dtype}; expected a real floating-point scalar.")
+    if not isinstance(value, Total) and not agree:
+        raise ValueError(refusal)
 
 
 def mean_gradient(loss: Loss, params: PyTree, passes: Passes) -> PyTree:
@@ -93,8 +105,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     import optax
 
     labels = jnp.asarray(labels)
-    if labels.ndim == logits.ndim:
+    if labels.shape == logits.shape:
         return optax.softmax_cross_entropy(logits, labels).mean()
+    if labels.shape != logits.shape[:-1]:
+        # Optax would broadcast a column of integers against the logits, and sum over the classes.
+        raise ValueError(
+            f"labels {labels.shape} fit logits {logits.shape} neither as integers {logits.shape[:-1]} nor as one-hot "
+            "rows of the logits' shape; squeeze or reshape them."
+        )
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import SymmetricalLogLocator
 
 from .density import SpectralDensity
@@ -41,8 +42,8 @@ def plot_density(
     Returns:
       The Axes.
     """
-    ax = _axes(ax)
-    limits = [ax.get_ylim()] if ax.has_data() else []
+    ax = _axes(ax, x_scale)
+    before = (ax.get_xlim(), ax.get_ylim()) if ax.has_data() else None
     width = density.bandwidth if bandwidth is None else bandwidth
     x = _grid(density, width, x_scale)
     # A Gaussian's tail says nothing below one eigenvalue's own peak, times a little: the axis ends there.
@@ -55,8 +56,14 @@ def plot_density(
     if band:
         ax.fill_between(x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0)
     ax.set_yscale("log")
-    limits.append((floor, 2 * float(np.max(estimate))))
-    ax.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    low, high = floor, 2 * float(np.max(estimate))
+    left, right = x[0], x[-1]
+    if before:
+        (first, last), (bottom, top) = before
+        left, right, high = min(left, first), max(right, last), max(high, top)
+        low = min(low, bottom) if bottom > 0 else low  # what was there may have been drawn on a linear axis
+    ax.set_xlim(left, right)
+    ax.set_ylim(low, high)
     ax.set_ylabel("spectral density (1 / eigenvalue)")
     return _finish(ax, x_scale, width)
 
@@ -72,9 +79,9 @@ def plot_cumulative(
     **line_options: Any,
 ) -> Axes:
     """The share of eigenvalues up to x: a step function, free of any bandwidth. Arguments as for `plot_density`."""
-    ax = _axes(ax)
-    nodes = np.unique(density.nodes)
-    margin = 0.02 * (nodes[-1] - nodes[0]) or 1.0
+    ax = _axes(ax, x_scale)
+    nodes, linear_within = np.unique(density.nodes), 1e-3 * max(map(abs, density.extent)) or 1.0
+    margin = linear_within if x_scale == "symlog" else 20 * linear_within
     x = np.concatenate([[nodes[0] - margin], nodes, [nodes[-1] + margin]])
     if eigenvalues is not None:
         exact = np.sort(np.asarray(eigenvalues, float))
@@ -86,17 +93,26 @@ def plot_cumulative(
     if band:
         ax.fill_between(x, estimate.lower, estimate.upper, step="post", color=line.get_color(), alpha=0.25, linewidth=0)
     ax.set_ylabel("share of eigenvalues up to x")
-    return _finish(ax, x_scale, 1e-3 * max(map(abs, density.extent)) or 1.0)
+    return _finish(ax, x_scale, linear_within)
 
 
-def _axes(ax: Axes | None) -> Axes:
+def formats() -> list[str]:
+    """The file suffixes that matplotlib can save a figure as."""
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
+def _axes(ax: Axes | None, x_scale: XScale) -> Axes:
+    if x_scale not in ("linear", "symlog"):
+        raise ValueError(f"x_scale={x_scale!r}, expected 'linear' or 'symlog'.")
     return ax if ax is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
 
 
 def _grid(density: SpectralDensity, width: float, x_scale: XScale) -> np.ndarray:
     """Where to evaluate: fine enough for the bandwidth, and finer around every node."""
     low, high = density.extent
-    low, high = low - 6 * width, high + 6 * width
+    stretch = 0.4 if x_scale == "symlog" else 0.0
+    margin = 6 * width if x_scale == "symlog" else max(6 * width, 0.03 * (high - low))
+    low, high = low - margin - stretch * abs(low), high + margin + stretch * abs(high)
     even = np.linspace(low, high, 2000)
     peaks = (np.unique(density.nodes)[:, None] + width * np.linspace(-5, 5, 31)).ravel()
     near_zero = np.geomspace(width / 10, max(abs(low), abs(high)), 400) if x_scale == "symlog" else np.zeros(0)
@@ -120,8 +136,6 @@ def _finish(ax: Axes, x_scale: XScale, linear_within: float) -> Axes:
     if x_scale == "symlog":
         ax.set_xscale("symlog", linthresh=linear_within, linscale=0.6)
         ax.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=10 ** np.ceil(np.log10(linear_within))))
-    elif x_scale != "linear":
-        raise ValueError(f"x_scale={x_scale!r}, expected 'linear' or 'symlog'.")
     ax.set_xlabel("eigenvalue")
     ax.legend(frameon=False)
     return ax

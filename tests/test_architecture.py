@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "adapters": {"losses"},
     "plots": {"density"},
     "demo": {"adapters", "losses", "data", "density", "comparison"},
-    "cli": {"", "demo"},
+    "cli": {"", "demo", "plots"},
     "__init__": {
         "comparison",
         "data",

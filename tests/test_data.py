@@ -235,7 +235,7 @@ def test_an_exhausted_iterator_is_noticed_in_the_second_pass():
     once = iter(cut())
     hessian = hd.Hessian(logistic, W, lambda: once)
     hessian @ W
-    with pytest.raises(ValueError, match="gave no batch in a later pass.*exhausted iterator"):
+    with pytest.raises(ValueError, match=r"gave no batch in a later pass.*exhausted iterator"):
         hessian @ W
 
 
@@ -289,7 +289,7 @@ def test_a_pass_over_other_data_is_an_error_that_names_pass_and_batch(later, bat
 def test_augmentation_is_an_error_that_names_pass_and_batch():
     hessian = hd.Hessian(logistic, W, noisy(1e-2))
     hessian @ W
-    with pytest.raises(RuntimeError, match="pass 2 differs from pass 1, first in batch 0.*augmentation and dropout"):
+    with pytest.raises(RuntimeError, match=r"pass 2 differs from pass 1, first in batch 0.*augmentation and dropout"):
         hessian @ W
 
 
