@@ -71,10 +71,14 @@ class Exact:
         kernel = np.exp(-0.5 * ((x[:, None] - self.eigenvalues) / self.bandwidth) ** 2)
         return kernel.mean(axis=1) / (self.bandwidth * np.sqrt(2 * np.pi))
 
-    def errors(self, density: hd.SpectralDensity) -> tuple[float, float]:
+    def smoothed(self, density: hd.SpectralDensity) -> np.ndarray:
+        """An estimate on the grid, under the same smoothing."""
+        return density.pdf(self.grid, self.bandwidth).value
+
+    def errors(self, density: hd.SpectralDensity, smoothed: np.ndarray) -> tuple[float, float]:
         """(W1 / range, L1)."""
-        difference = np.abs(density.pdf(self.grid, self.bandwidth).value - self.density)
-        return hd.distance(density, self.eigenvalues) / self.range, float(np.trapezoid(difference, self.grid))
+        w1 = hd.distance(density, self.eigenvalues) / self.range
+        return w1, float(np.trapezoid(np.abs(smoothed - self.density), self.grid))
 
 
 def pool(hessian: hd.Hessian, num_steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -87,16 +91,20 @@ def pool(hessian: hd.Hessian, num_steps: int) -> list[tuple[np.ndarray, np.ndarr
     return matrices
 
 
-def mean_errors(exact: Exact, matrices: list, num_steps: int, num_probes: int) -> dict[str, float]:
-    """Errors of a run of these settings, averaged over as many runs as the pool gives."""
+def table(exact: Exact, matrices: list, num_steps: int, probes: tuple[int, ...]) -> list[dict[str, float]]:
+    """Errors with num_steps and each number of probes, averaged over as many runs as the pool makes."""
     rules = [gauss_rule(diagonal[:num_steps], off[:num_steps]) for diagonal, off in matrices]
-    groups = (tuple(rules[i : i + num_probes]) for i in range(0, len(rules) - num_probes + 1, num_probes))
     n = len(exact.eigenvalues)
-    errors = np.array([exact.errors(hd.SpectralDensity(g, n, num_steps * num_probes)) for g in groups])
-    w1, l1 = errors.mean(axis=0)
-    w1_error = errors[:, 0].std(ddof=1) / np.sqrt(len(errors))
-    settings = {"num_steps": num_steps, "num_probes": num_probes, "runs": len(errors)}
-    return {**settings, "w1": float(w1), "w1_standard_error": float(w1_error), "l1": float(l1)}
+    smoothed = np.stack([exact.smoothed(hd.SpectralDensity((rule,), n, num_steps)) for rule in rules])
+    cells = []
+    for k in probes:
+        runs = [slice(i, i + k) for i in range(0, POOL - k + 1, k)]
+        densities = (hd.SpectralDensity(tuple(rules[run]), n, num_steps * k) for run in runs)
+        errors = [exact.errors(d, smoothed[run].mean(axis=0)) for d, run in zip(densities, runs, strict=True)]
+        (w1, l1), (w1_spread, _) = np.mean(errors, axis=0), np.std(errors, axis=0, ddof=1)
+        cell = {"w1": float(w1), "w1_standard_error": float(w1_spread / np.sqrt(len(runs))), "l1": float(l1)}
+        cells.append({"num_steps": num_steps, "num_probes": k, "runs": len(runs), **cell})
+    return cells
 
 
 def draw(density: hd.SpectralDensity, exact: Exact) -> plt.Figure:
@@ -116,7 +124,7 @@ def their_settings(hessian: hd.Hessian, exact: Exact) -> tuple[dict[str, Any], h
     runs = []
     for key in range(RUNS):
         density = hd.spectral_density(hessian, jax.random.key(key), num_steps=90, num_probes=10, progress=False)
-        runs.append((*exact.errors(density), density))
+        runs.append((*exact.errors(density, exact.smoothed(density)), density))
     runs.sort(key=lambda run: run[0])
     w1, l1, densities = zip(*runs, strict=True)
     traces = [density.trace() for density in densities]
@@ -147,19 +155,18 @@ def main() -> None:
     verification, density = their_settings(hessian, exact)
 
     matrices = pool(hessian, BUDGET)
-    cells = {(m, k): mean_errors(exact, matrices, m, k) for m in NUM_STEPS for k in NUM_PROBES}
+    rows = [table(exact, matrices, num_steps, NUM_PROBES) for num_steps in NUM_STEPS]
     print(f"\nW1/range and L1, means over the runs that {POOL} probes make")
     print("steps" + "".join(f"{f'{k} probes':>18}" for k in NUM_PROBES))
-    for m in NUM_STEPS:
-        row = (cells[m, k] for k in NUM_PROBES)
-        print(f"{m:5}" + "".join(f"{cell['w1']:>11.1e}{cell['l1']:>7.3f}" for cell in row))
-    shared = [mean_errors(exact, matrices, m, k) for m, k in SHARED_OUT]
+    for row in rows:
+        print(f"{row[0]['num_steps']:5}" + "".join(f"{cell['w1']:>11.1e}{cell['l1']:>7.3f}" for cell in row))
+    shared = [table(exact, matrices, num_steps, (num_probes,))[0] for num_steps, num_probes in SHARED_OUT]
     print(f"\n{BUDGET} products, steps x probes: W1/range and L1")
     for cell in shared:
         settings = f"{cell['num_steps']} x {cell['num_probes']}"
         print(f"{settings:>9}{cell['w1']:>11.2e} ± {cell['w1_standard_error']:.0e}{cell['l1']:>8.4f}")
 
-    result = {"their_settings": verification, "cells": list(cells.values()), "budget": shared}
+    result = {"their_settings": verification, "cells": [cell for row in rows for cell in row], "budget": shared}
     path = save("mnist_reference", result)
     draw(density, exact).savefig(path.with_suffix(".png"), dpi=120)
     print(f"\nsaved in {path.name}, drawn in {path.with_suffix('.png').name}")

@@ -57,6 +57,8 @@ def select(tree: Any, where: Where) -> Selection:
         raise TypeError(
             f"where={where!r} is a {type(where).__name__}; give a glob such as 'Dense_0/*', or a function of the path."
         )
+    if not names:
+        raise ValueError("params has no leaves; expected a pytree of arrays.")
     if not any(chosen):
         listed = "\n  ".join(names[:40] + ["..."] * (len(names) > 40))
         raise ValueError(f"where={where!r} matches no leaf. The paths are:\n  {listed}")

@@ -16,7 +16,7 @@ Statistics are never written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,8 +54,11 @@ def from_linen(
       ``variables["params"]``.
 
     Raises:
+      TypeError: ``model`` is no linen module.
       ValueError: ``variables`` has no ``params``; ``batch_statistics`` is missing or superfluous.
     """
+    if not hasattr(model, "apply"):
+        raise TypeError(f"model is a {type(model).__name__} without `apply`; for a Flax NNX model use from_nnx.")
     if "params" not in variables:
         raise ValueError(
             f"variables has the collections {sorted(variables)}; expected 'params' among them, as model.init returns: "
@@ -77,7 +80,7 @@ class _LinenLoss:
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, state: PyTree, params: PyTree, batch: PyTree) -> Any:
-        inputs, *rest = batch
+        inputs, *rest = _parts(batch)
         variables = {"params": params, **state}
         if not self.train:
             outputs = self.model.apply(variables, inputs, **dict(self.options))
@@ -106,10 +109,13 @@ def from_nnx(model: Any, criterion: Criterion, *, batch_statistics: BatchStatist
       parameters, an ``nnx.State`` of ``nnx.Param``.
 
     Raises:
+      TypeError: ``model`` is no NNX module.
       ValueError: ``batch_statistics`` is missing or superfluous; the model has no parameters.
     """
     from flax import nnx
 
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a flax.nnx.Module (for Flax linen: from_linen).")
     graph, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
     if not params:
         raise ValueError(f"model, a {type(model).__name__}, has no nnx.Param variables; nothing to differentiate by.")
@@ -128,12 +134,28 @@ class _NnxLoss:
     def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
         from flax import nnx
 
-        inputs, *targets = batch
+        inputs, *targets = _parts(batch)
         model = nnx.merge(self.graph, params, statistics, rest, copy=True)
         # A merged copy: what the call writes into its statistics is dropped with it.
         model.set_attributes(deterministic=True, raise_if_not_found=False)
         model.set_attributes(use_running_average=not self.train, raise_if_not_found=False)
-        return self.criterion(model(inputs), *targets)
+        outputs = model(inputs)
+        before, after = jax.tree.leaves(statistics), jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+        if before and self.train != any(old is not new for old, new in zip(before, after, strict=True)):
+            raise ValueError(
+                f"batch_statistics={'batch' if self.train else 'stored'!r}, but the model chose the other kind itself; "
+                "drop use_running_average from the calls of its normalisation layers."
+            )
+        return self.criterion(outputs, *targets)
+
+
+def _parts(batch: PyTree) -> Sequence[PyTree]:
+    if not isinstance(batch, Sequence):
+        raise TypeError(
+            f"data: a batch is a {type(batch).__name__}; the adapters expect (inputs, targets) or (inputs, targets, "
+            "mask). Rearrange it in the loader, or write the loss as a function of the whole batch."
+        )
+    return batch
 
 
 def _check_mode(batch_statistics: BatchStatistics, has_statistics: bool) -> None:

@@ -20,8 +20,8 @@ def main() -> None:
 
 @main.command()
 @click.option("--plot", default="hessdensity_demo.png", type=click.Path(dir_okay=False), help="Where the figure goes.")
-@click.option("--num-steps", default=60, help="Lanczos steps: the resolution.")
-@click.option("--num-probes", default=10, help="Random starts: the precision.")
+@click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
+@click.option("--num-probes", default=10, type=click.IntRange(min=1), help="Random starts: the precision.")
 @click.option("--seed", default=0, help="Seed of the probes.")
 def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
     """Train a small network on handwritten digits; estimate its Hessian's density, and compare with the exact one."""
@@ -31,6 +31,7 @@ def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
     import hessdensity as hd
     from hessdensity import demo as demonstration
 
+    _check_targets(None, plot)
     start = time.perf_counter()
     click.echo(f"Training a {'-'.join(map(str, demonstration.WIDTHS))} network on scikit-learn's digits ...")
     try:
@@ -74,11 +75,7 @@ def run(
 
     import hessdensity as hd
 
-    for target in filter(None, (out, plot)):
-        # A long computation must not end in a folder that is not there.
-        if not Path(target).absolute().parent.is_dir():
-            raise click.BadParameter(f"{target!r}: the folder {str(Path(target).absolute().parent)!r} does not exist.")
-    _check_format(plot)
+    _check_targets(out, plot)
     operator = _operator(problem)
     density = hd.spectral_density(
         operator, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, progress=progress
@@ -121,15 +118,18 @@ def _operator(problem: str) -> Any:
     return made
 
 
-def _check_format(path: str | None) -> None:
-    """Refuse a figure's suffix before the long computation, not after it."""
-    if path is None:
-        return
-    from hessdensity.plots import formats
+def _check_targets(out: str | None, plot: str | None) -> None:
+    """A long computation must not end in a folder that is not there, or in a suffix that no figure has."""
+    for target in filter(None, (out, plot)):
+        folder = Path(target).absolute().parent
+        if not folder.is_dir():
+            raise click.BadParameter(f"{target!r}: the folder {str(folder)!r} does not exist.")
+    if plot is not None:
+        from hessdensity.plots import formats
 
-    suffix = Path(path).suffix.lstrip(".")
-    if suffix not in formats():
-        raise click.BadParameter(f"{path!r}: no figure can be written as {suffix!r}; expected {', '.join(formats())}.")
+        suffix = Path(plot).suffix.lstrip(".")
+        if suffix not in formats():
+            raise click.BadParameter(f"{plot!r}: no figure is written as {suffix!r}; expected {', '.join(formats())}.")
 
 
 def _save_figure(density: Any, path: str, **options: Any) -> None:

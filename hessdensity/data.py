@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -40,8 +41,13 @@ def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
       >>> [x.shape for x in batches(np.zeros((64, 3)), 30)]
       [(30, 3), (30, 3), (4, 3)]
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected a whole number of at least 1.")
+    for name, leaf in zip(_trees.paths(arrays), jax.tree.leaves(arrays), strict=True):
+        if not _is_array(leaf):
+            raise TypeError(
+                f"arrays: leaf {name!r} is a {type(leaf).__name__}; expected arrays, as np.asarray makes of lists."
+            )
     lengths = leading_lengths(arrays)
     length = next(iter(lengths.values()), None)
     if length is None or len(set(lengths.values())) != 1:
@@ -107,7 +113,13 @@ class Passes:
         def place(path: Any, leaf: Any) -> jax.Array:
             if isinstance(leaf, jax.Array):
                 return _trees.auto_axes(leaf)
-            array = np.asarray(leaf)
+            try:
+                array = np.asarray(leaf)
+            except Exception as error:
+                raise TypeError(
+                    f"data: batch {index}, leaf {jax.tree_util.keystr(path)!r} is a {type(leaf).__name__} that cannot "
+                    f"become an array ({error}); convert it in the loader."
+                ) from error
             if array.dtype.kind not in "biufcV" or array.dtype.names:
                 raise TypeError(
                     f"data: batch {index}, leaf {jax.tree_util.keystr(path)!r} is a {type(leaf).__name__} of dtype "
@@ -117,8 +129,8 @@ class Passes:
 
         return jax.tree.map_with_path(place, batch)
 
-    def record(self, reports: list[Report], epsilon: float, rerun: Callable[[], float]) -> int | float:
-        """Note what a whole pass saw and compare it with the first pass; the total count.
+    def record(self, reports: list[Report], epsilon: float, rerun: Callable[[], float]) -> None:
+        """Note what a whole pass saw and compare it with the first pass.
 
         Args:
           reports: those of all batches, in order.
@@ -134,28 +146,28 @@ class Passes:
         self._passes += 1
         if self._first is None:
             self._first = losses, counts
-            return sum(counts)
+            return
         expected, expected_counts = self._first
         size = np.mean(np.abs(expected))
         differing = _differing(losses, counts, self._first, 64 * epsilon * size)
         if not differing:
-            return sum(counts)
+            return
         if self._spread is None:
             self._spread = rerun()
         tolerance = max(64 * epsilon * size, 8 * self._spread)
         differing = _differing(losses, counts, self._first, tolerance)
         if not differing:
-            return sum(counts)
+            return
         mean, expected_mean = (_mean(losses, counts), _mean(expected, expected_counts))
         if sum(counts) == sum(expected_counts) and abs(mean - expected_mean) <= tolerance:
             if not self.shuffled:
                 warnings.warn(
                     "data: the batches hold the same examples in another order in every pass (a shuffling loader). The "
                     "Hessian is the same; pass shuffle=False for repeatable runs and checks batch by batch.",
-                    stacklevel=5,
+                    stacklevel=_callers_level(),
                 )
             self.shuffled = True
-            return sum(counts)
+            return
         raise RuntimeError(
             f"data: pass {self._passes} differs from pass 1, first in batch {differing[0]}: "
             f"{_said(losses, counts, differing[0])}, was {_said(expected, expected_counts, differing[0])}; over the "
@@ -175,6 +187,34 @@ class Passes:
             "batch_losses": losses.tolist(),
             "shuffled": self.shuffled,
         }
+
+
+def total_count(reports: list[Report], what: str) -> int | float:
+    """The number of examples of a pass in which ``what`` was computed.
+
+    Raises:
+      FloatingPointError: it is not finite; names the batch.
+      ValueError: the counts add up to nothing.
+    """
+    for index, report in enumerate(reports):
+        if not report.finite:
+            raise FloatingPointError(
+                f"{what} is not finite in batch {index} of {len(reports)} (mean loss "
+                f"{report.total / (report.count or 1):.6g}): look for log(0), sqrt(0), 0/0 or overflow there, or drop "
+                "the batch."
+            )
+    count = sum(report.count.item() for report in reports)
+    if not count > 0:
+        raise ValueError(f"loss: the counts of all batches add up to {count}; expected more than none.")
+    return count
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` of the first frame outside this package, for whoever calls ``warnings.warn``."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(__package__ or ""):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _mean(losses: np.ndarray, counts: list[int | float]) -> float:
@@ -204,9 +244,9 @@ def _fresh(source: Any) -> Iterator[PyTree]:
         # As a map-style dataset: its length alone may end it, where Python's own protocol waits for an IndexError.
         return (source[index] for index in range(len(source))) if hasattr(source, "__len__") else iter(source)
     made = source()
-    if not hasattr(made, "__iter__"):
+    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
         raise TypeError(f"data: the function returned a {type(made).__name__}; expected an iterator over batches.")
-    return iter(made)
+    return _fresh(made)
 
 
 def _is_array(value: Any) -> bool:

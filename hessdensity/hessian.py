@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _trees
 from ._selection import Where, select
-from .data import Passes, Report
+from .data import Passes, Report, total_count
 from .losses import Loss, batch_total, check_loss, mean_gradient
 
 PyTree = Any
@@ -135,16 +135,8 @@ class Hessian:
 
         with jax.default_matmul_precision(self.precision):
             totals, reports = self._passes.accumulate(step, [jax.tree.map(jnp.zeros_like, group) for group in groups])
-            for index, report in enumerate(reports):
-                if not report.finite:
-                    raise FloatingPointError(
-                        f"a Hessian-vector product is not finite in batch {index} of {len(reports)} (mean loss "
-                        f"{report.total / (report.count or 1):.6g}): look for log(0), sqrt(0), 0/0 or overflow there, "
-                        "or drop the batch."
-                    )
-            examples = self._passes.record(reports, epsilon, partial(self._spread, groups[0], mode))
-        if examples <= 0:
-            raise ValueError(f"loss: the counts of all batches add up to {examples}; expected more than none.")
+            examples = total_count(reports, "a Hessian-vector product")
+            self._passes.record(reports, epsilon, partial(self._spread, groups[0], mode))
         return jax.tree.map(lambda leaf: leaf / jnp.asarray(examples, leaf.dtype), _trees.join(totals))
 
     def _check(self, batch: PyTree) -> None:
@@ -243,4 +235,4 @@ def _placement(params: PyTree) -> Any:
     """Where host batches go: replicated on the parameters' mesh, else to their device, else to the default one."""
     shardings = [leaf.sharding for leaf in jax.tree.leaves(_trees.abstract(jax.tree.map(jnp.asarray, params)))]
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-    return NamedSharding(meshes[0], PartitionSpec()) if meshes else shardings[0]
+    return NamedSharding(meshes[0], PartitionSpec()) if meshes else (shardings or [None])[0]

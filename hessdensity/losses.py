@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _trees
-from .data import Passes, Report, leading_lengths
+from .data import Passes, Report, leading_lengths, total_count
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree], Any]
@@ -58,22 +58,23 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
     try:
         value = jax.eval_shape(loss, params, batch)
     except (TypeError, ValueError) as error:
-        if agree:
+        if len(set(lengths.values()) - {None}) < 2:
             raise
-        raise ValueError(refusal) from error
-    named = value._asdict() if isinstance(value, Total) else {"loss": value}
-    for name, part in named.items():
-        where = f"loss: Total's {name}" if isinstance(value, Total) else "loss"
-        if not hasattr(part, "shape"):
-            raise TypeError(
-                f"{where} returned a {type(part).__name__}; expected the batch's mean loss, a scalar, or "
-                "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside the loss."
-            )
-        if part.shape != ():
-            raise TypeError(
-                f"{where} returned shape {part.shape}; expected a scalar: take the mean over the batch's examples."
-            )
-    (first, *_) = named.values()
+        raise ValueError(f"the loss failed ({error}), and {refusal}") from error
+    if not isinstance(value, Total) and not hasattr(value, "shape"):
+        raise TypeError(
+            f"loss returned a {type(value).__name__}; expected the batch's mean loss, a scalar, or "
+            "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside the loss."
+        )
+    parts = value._asdict() if isinstance(value, Total) else {"mean": value}
+    for name, part in parts.items():
+        shape = getattr(part, "shape", None)
+        if shape != ():
+            got = f"shape {shape}" if shape is not None else f"a {type(part).__name__}"
+            if isinstance(value, Total):
+                raise TypeError(f"loss returned an hd.Total whose {name} is {got}; expected a scalar.")
+            raise TypeError(f"loss returned {got}; expected a scalar: take the mean over the batch's examples.")
+    (first, *_) = parts.values()
     if not jnp.issubdtype(first.dtype, jnp.floating):
         raise TypeError(f"loss returned dtype {first.dtype}; expected a real floating-point scalar.")
     if not isinstance(value, Total) and not agree:
@@ -83,7 +84,7 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
 def mean_gradient(loss: Loss, params: PyTree, passes: Passes) -> PyTree:
     """Gradient of the mean loss over all the data, like ``params``. One pass, one gradient a batch."""
     total, reports = passes.accumulate(partial(_add_gradient, loss, params), _trees.zeros(_trees.abstract(params)))
-    count = sum(report.count.item() for report in reports)
+    count = total_count(reports, "the gradient")
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
 
 

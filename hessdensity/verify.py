@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ def verify_operator(operator: Operator, key: jax.Array, *, tolerance: float | No
         ``gradient(offset)``.
       key: JAX random key for the test vectors.
       tolerance: allowed relative error of the first three (default: 1e-3 in float32, 1e-9 in float64; a model
-        computing in bfloat16 needs about 0.05). Finite differences are allowed 0.1: they cross the kinks of a ReLU.
+        computing in bfloat16 needs about 0.05). Finite differences
+        are allowed 0.01, or as much as they differ among themselves, for they cross the kinks of a ReLU.
 
     Returns:
       `Verification`, falsy if a check failed.
@@ -82,12 +84,13 @@ def verify_operator(operator: Operator, key: jax.Array, *, tolerance: float | No
         Check("repeatability: Hv = Hv", _norm(products - again) / size, allowed),
     ]
     if hasattr(operator, "gradient") and hasattr(operator, "params"):
-        checks.append(Check("derivative: Hv = (g(+hv) - g(-hv)) / 2h", _difference_error(operator, products[0]), 0.1))
+        error, allowed = _compare_with_differences(operator, products[0])
+        checks.append(Check("derivative: Hv = (g(+hv) - g(-hv)) / 2h", error, allowed))
     return Verification(tuple(checks))
 
 
-def _difference_error(operator: Any, product: np.ndarray) -> float:
-    """Relative distance of Hv from the central difference of gradients, at the best of five step sizes.
+def _compare_with_differences(operator: Any, product: np.ndarray) -> tuple[float, float]:
+    """(relative distance of Hv from the closest central difference of gradients, what of it is allowed).
 
     Along v = Hu, which leans to the large eigenvalues: along a random u the curvature may drown in rounding.
     """
@@ -97,20 +100,24 @@ def _difference_error(operator: Any, product: np.ndarray) -> float:
     expected = _trees.ravel(operator @ direction)[0].astype(float)
     epsilon = float(jnp.finfo(_trees.scalar_dtype(like)).eps)
     length = float(_trees.norm(_stack(operator.params))[0]) or 1.0
-    errors = []
+    differences: list[np.ndarray] = []
+    errors: list[float] = []
     # 1/3 balances truncation against rounding for a smooth loss. Every kink of a ReLU within a step adds a jump over
-    # the step, so that such a network wants the smallest step that rounding allows; a wrong operator is wrong at all.
+    # the step, so that such a network wants the smallest step that rounding allows.
     for exponent in (5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3):
         step = epsilon**exponent * length
         up, down = (
             _trees.ravel(_stack(operator.gradient(_trees.first_vector(_trees.unravel(h * row, like)))))[0].astype(float)
             for h in (step, -step)
         )
-        difference = (up - down) / (2 * step)
-        errors.append(_norm(difference - expected) / (max(_norm(difference), _norm(expected)) or 1.0))
+        differences.append((up - down) / (2 * step))
+        errors.append(_norm(differences[-1] - expected) / (max(_norm(differences[-1]), _norm(expected)) or 1.0))
         if errors[-1] <= 0.01:
-            break
-    return min(errors)
+            return errors[-1], 0.01
+    # Differences that agree with each other better than with the product accuse the product; kinks and rounding make
+    # them disagree, and are forgiven as far as they do.
+    gaps = [_norm(a - b) / (_norm(a) or 1.0) for a, b in itertools.pairwise(differences)]
+    return min(errors), min(0.1, max(0.01, 2 * min(gaps)))
 
 
 def _stack(vector: Any) -> Any:

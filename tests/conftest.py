@@ -1,6 +1,7 @@
 """The strictest world for every test, on eight fake devices; float64 and float32 where a test asks for ``dtype``."""
 
 import os
+import sys
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +19,8 @@ def strict():
     """Accidental broadcasting and promotion raise, as tests alone can afford."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(params=["float64", "float32"])

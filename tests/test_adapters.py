@@ -38,16 +38,17 @@ class Linen(linen.Module):
 class Nnx(nnx.Module):
     """The same."""
 
-    def __init__(self, seed=0, normalise=False, rate=0.0):
+    def __init__(self, seed=0, normalise=False, rate=0.0, **switch):
         rngs = nnx.Rngs(seed)
         self.first = nnx.Linear(3, 4, rngs=rngs)
         self.norm = nnx.BatchNorm(4, rngs=rngs) if normalise else None
         self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.last = nnx.Linear(4, 4, rngs=rngs)
+        self.switch = switch
 
     def __call__(self, x):
         x = self.first(x)
-        x = x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x, **self.switch)
         return self.last(self.dropout(jnp.tanh(x)))
 
 
@@ -176,6 +177,14 @@ def test_a_linen_model_that_goes_on_using_its_stored_statistics_is_refused_where
         model, model.init(jax.random.key(0), X), losses.mean_squared_error, batch_statistics="batch", train=False
     )
     with pytest.raises(ValueError, match="batch_statistics='batch'"):
+        hd.Hessian(loss, params, WHOLE) @ params
+
+
+@pytest.mark.parametrize(("statistics", "used"), [("stored", False), ("batch", True)])
+def test_an_nnx_model_that_has_its_own_mind_about_its_statistics_is_refused(statistics, used):
+    model = Nnx(normalise=True, use_running_average=used)
+    loss, params = adapters.from_nnx(model, losses.mean_squared_error, batch_statistics=statistics)
+    with pytest.raises(ValueError, match=f"batch_statistics='{statistics}'"):
         hd.Hessian(loss, params, WHOLE) @ params
 
 

@@ -55,16 +55,16 @@ def test_batches_are_the_arrays_in_order_and_the_last_one_is_what_remains(size, 
 
 
 @pytest.mark.parametrize(
-    ("arrays", "size", "sentence"),
+    ("arrays", "size", "error", "sentence"),
     [
-        ((X, Y), 0, "batch_size=0, expected at least 1"),
-        ((X, Y[:5]), 3, "share their leading axis.*'0': 8, '1': 5"),
-        ((X, 1.0), 3, "share their leading axis.*'1': None"),
-        ((), 3, "share their leading axis"),
+        ((X, Y), 0, ValueError, "batch_size=0, expected a whole number of at least 1"),
+        ((X, Y[:5]), 3, ValueError, "share their leading axis.*'0': 8, '1': 5"),
+        ((X, 1.0), 3, TypeError, "leaf '1' is a float; expected arrays"),
+        ((), 3, ValueError, "share their leading axis"),
     ],
 )
-def test_arrays_that_make_no_batches_are_refused(arrays, size, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_arrays_that_make_no_batches_are_refused(arrays, size, error, sentence):
+    with pytest.raises(error, match=sentence):
         hd.batches(arrays, size)
 
 

@@ -95,7 +95,10 @@ REFUSED = {
     "a vector": (lambda w, b: per_example(w, *b), r"returned shape \(9,\); expected a scalar: take the mean"),
     "an integer": (lambda w, b: jnp.sum(b[1] > 0), "returned dtype int32; expected a real floating-point scalar"),
     "a complex number": (lambda w, b: mean_loss(w, b) * (1 + 0j), "returned dtype complex64; expected a real"),
-    "a total of vectors": (lambda w, b: hd.Total(per_example(w, *b), 9), r"shape \(9,\); expected a scalar"),
+    "a total of vectors": (
+        lambda w, b: hd.Total(per_example(w, *b), 9),
+        r"whose sum is shape \(9,\); expected a scalar",
+    ),
     "a vector of counts": (lambda w, b: hd.Total(mean_loss(w, b), b[1]), r"count.* shape \(9,\)"),
     "a total without a sum": (lambda w, b: hd.Total(None, 9), "sum"),
     "a total without a count": (lambda w, b: hd.Total(mean_loss(w, b), None), "count"),

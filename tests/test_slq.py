@@ -161,7 +161,7 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
     assert caught.value.partial.nodes.shape == (2, 4)
     batches = [jnp.ones((2, 3)), jnp.ones((2, 3)) * 1e30]
     hessian = hd.Hessian(lambda w, x: jnp.mean(x @ w) ** 2, jnp.ones(3), batches)
-    with pytest.raises(lanczos.NonFiniteProduct, match="step 0: .*not finite in batch 1 of 2") as caught:
+    with pytest.raises(lanczos.NonFiniteProduct, match=r"step 0: .*not finite in batch 1 of 2") as caught:
         hd.spectral_density(hessian, key, progress=False)
     assert caught.value.partial is None
 

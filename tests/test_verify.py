@@ -163,11 +163,15 @@ def test_a_users_own_hessian_passes(key):
     assert len(report.checks) == 4
 
 
+def batch_means(sums, counts):
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
 WRONG = {
     "at another point": {"shift": 1.0},
     "summed over examples": {"divide": lambda sums, counts: sum(sums)},
-    "summed over batches": {"divide": lambda sums, counts: sum(s / n for s, n in zip(sums, counts, strict=True))},
-    "the mean of batch means": {"divide": lambda sums, counts: sum(s / n for s, n in zip(sums, counts, strict=True)) / 3},
+    "summed over batches": {"divide": lambda sums, counts: sum(batch_means(sums, counts))},
+    "the mean of batch means": {"divide": lambda sums, counts: sum(batch_means(sums, counts)) / 3},
     "of the opposite sign": {"divide": lambda sums, counts: -sum(sums) / sum(counts)},
 }
 
