@@ -40,18 +40,26 @@ def read(path: str | Path) -> tuple[tuple[Rule, ...], int, int, dict[str, Any]]:
     """What `write` was given. Raises ValueError for any other file."""
     refusal = f"path={str(path)!r} is not a saved density; expected a file written by SpectralDensity.save."
     try:
-        with np.load(path, allow_pickle=False) as file:
-            saved = dict(file)
-    # np.load gives a bare array for a .npy file, which is no context manager.
-    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError) as error:
+        # np.load gives a bare array for a .npy file, which is no context manager.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            saved = dict(archive)
+        if str(saved["format"]) != FORMAT:
+            raise ValueError(f"format {saved['format']}")
+        version = int(saved["version"])
+    except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(refusal) from error
-    if str(saved.get("format")) != FORMAT:
-        raise ValueError(refusal)
-    if int(saved["version"]) > VERSION:
+    if version > VERSION:
         raise ValueError(
-            f"path={str(path)!r} has version {saved['version']} of the format, and this hessdensity reads up to "
-            f"{VERSION}; upgrade hessdensity."
+            f"path={str(path)!r} has version {version} of the format, and this hessdensity reads up to {VERSION}; "
+            "upgrade hessdensity."
         )
+    try:
+        return _unpack(saved)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"path={str(path)!r} is a damaged density: {error!r}. Save it again.") from error
+
+
+def _unpack(saved: dict[str, Any]) -> tuple[tuple[Rule, ...], int, int, dict[str, Any]]:
     ends = np.cumsum(saved["lengths"])[:-1]
     columns = (np.split(saved[name], ends) for name in _COLUMNS)
     rules = tuple(

@@ -22,7 +22,7 @@ def in_words(density: SpectralDensity) -> str:
         "trace": f"{density.trace():.6g}",
         "Frobenius norm": f"{density.frobenius_norm():.6g}",
         f"share in ±{zero:.2g}": f"{near_zero.value:.4f} (between {near_zero.lower:.4f} and {near_zero.upper:.4f})",
-        "mean loss": f"{operator['loss']:.6g} over {examples:,} examples" if "loss" in operator else None,
+        "mean loss": f"{operator['loss']:.6g} over {examples:,.6g} examples" if "loss" in operator else None,
         "spent": f"{density.num_matvecs} products"
         + (f", {about['seconds']:.1f} s" if "seconds" in about else "")
         + f"; {probes} of {density.nodes.shape[1]} steps",

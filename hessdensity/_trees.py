@@ -5,7 +5,7 @@ basis vectors for each of k probes, every leaf being (k, c, *leaf.shape). Trees 
 gathered into one flat array.
 
 Precision. A float32 sum of n = 1e6 terms of one sign loses 2e-5 when accumulated naively, and that becomes the loss of
-orthogonality of a Lanczos basis. Here a reduction goes one axis at a time and no axis is longer than ``_LONGEST_SUM``,
+orthogonality of a Lanczos basis. Here a reduction goes one axis at a time and no axis is longer than ``LONGEST_SUM``,
 so that its error does not grow with n.
 """
 
@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 PyTree = Any
 
-_LONGEST_SUM = 1024
+LONGEST_SUM = 1024
 
 
 def size(like: PyTree) -> int:
@@ -35,6 +35,11 @@ def size(like: PyTree) -> int:
 def scalar_dtype(like: PyTree) -> np.dtype:
     """The dtype in which inner products are taken: the widest of the leaves'."""
     return max((np.dtype(leaf.dtype) for leaf in jax.tree.leaves(like)), key=lambda dtype: dtype.itemsize)
+
+
+def epsilon(like: PyTree) -> float:
+    """The rounding unit of the coarsest leaf."""
+    return max(float(np.finfo(np.dtype(leaf.dtype)).eps) for leaf in jax.tree.leaves(like))
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -62,77 +67,68 @@ def norm(block: PyTree) -> jax.Array:
     Scaled by the largest entry first: the squares of tiny and huge ones would leave the range of float32.
     """
     dtype = scalar_dtype(block)
-    peaks = [jnp.abs(leaf).reshape(leaf.shape[0], -1).max(1, initial=0) for leaf in jax.tree.leaves(block)]
+    peaks = [jnp.abs(leaf).max(tuple(range(1, leaf.ndim)), initial=0) for leaf in jax.tree.leaves(block)]
     peak = functools.reduce(jnp.maximum, [p.astype(dtype) for p in peaks])
     scaled = scale(block, 1 / jnp.where(peak > 0, peak, 1))
     return peak * jnp.sqrt(inner(scaled, scaled))
 
 
-def coefficients(chunk: PyTree, block: PyTree) -> jax.Array:
-    """Inner products of each probe's basis vectors with its own vector: (k, c)."""
-    return _sum_products(chunk, jax.tree.map(lambda leaf: leaf[:, None], block), lead=2)
-
-
 def _sum_products(a: PyTree, b: PyTree, lead: int) -> jax.Array:
     dtype = scalar_dtype(a)
-    sums = (_bounded_sum(x, y, lead).astype(dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    sums = (bounded_sum(x, y, lead).astype(dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     return functools.reduce(jnp.add, sums)
 
 
-def _bounded_sum(x: jax.Array, y: jax.Array, lead: int) -> jax.Array:
-    """Sum of x * y over all axes after the first ``lead``, in stages of at most ``_LONGEST_SUM`` terms.
+def bounded_sum(x: jax.Array, y: jax.Array, lead: int) -> jax.Array:
+    """Sum of x * y over all axes after the first ``lead``, in stages of at most ``LONGEST_SUM`` terms.
 
     Not a matrix-vector product, which reads memory twice as fast but accumulates naively: 2e-5 at n = 1e6 against 1e-7.
     Nor a plain sum: XLA would merge the stages of a reshaped axis into one naive sum, but for the barrier.
     """
     for axis in range(lead, x.ndim):
         length = x.shape[axis]
-        if length <= _LONGEST_SUM:
+        if length <= LONGEST_SUM:
             continue
-        # Few devices divide a sharded axis: a factor that leaves 64 to divide the rest keeps the shards where they are.
-        factors = [f for f in range(32, _LONGEST_SUM + 1) if length % f == 0]
-        if not factors:
-            padding = [(0, -length % _LONGEST_SUM if i == axis else 0) for i in range(x.ndim)]
+        factor = factor_of(length)
+        if factor is None:
+            padding = [(0, -length % LONGEST_SUM if i == axis else 0) for i in range(x.ndim)]
             product = jnp.moveaxis(jnp.pad(x * y, padding), axis, -1)
-            staged = product.reshape(*product.shape[:-1], -1, _LONGEST_SUM).sum(-2)
-            return _bounded_sum(staged, jnp.ones_like(staged), lead)
-        factor = max(factors, key=lambda f: (math.gcd(length // f, 64), f))
+            staged = product.reshape(*product.shape[:-1], -1, LONGEST_SUM).sum(-2)
+            return bounded_sum(staged, jnp.ones_like(staged), lead)
         split = (length // factor, factor)
         x, y = (z.reshape(*z.shape[:axis], *split, *z.shape[axis + 1 :]) for z in (x, y))
-        return _bounded_sum(lax.optimization_barrier(x), y, lead)
+        return bounded_sum(lax.optimization_barrier(x), y, lead)
     product = x * y
     for _ in range(lead, product.ndim):
         product = product.sum(-1)
     return product
 
 
+def factor_of(length: int) -> int | None:
+    """A divisor of a long axis by which to split it, or None.
+
+    Few devices divide a sharded axis: a factor that leaves 16 to divide the rest keeps the shards where they are.
+    """
+    factors = [factor for factor in range(32, LONGEST_SUM + 1) if length % factor == 0]
+    return max(factors, key=lambda factor: (math.gcd(length // factor, 16), factor), default=None)
+
+
 # Linear combinations -------------------------------------------------------------------------------------------------
 
 
-def _column(scalars: jax.Array, leaf: jax.Array) -> jax.Array:
+def column(scalars: jax.Array, leaf: jax.Array) -> jax.Array:
     """Scalars (k,) shaped to multiply a block's leaf (k, *shape), in the leaf's dtype."""
     return scalars.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
 def scale(block: PyTree, factors: jax.Array) -> PyTree:
     """Each vector times its own factor."""
-    return jax.tree.map(lambda leaf: leaf * _column(factors, leaf), block)
+    return jax.tree.map(lambda leaf: leaf * column(factors, leaf), block)
 
 
 def subtract(block: PyTree, factors: jax.Array, other: PyTree) -> PyTree:
     """Block minus factors * other, vector by vector."""
-    return jax.tree.map(lambda x, y: x - y * _column(factors, x), block, other)
-
-
-def subtract_combination(block: PyTree, coefficients: jax.Array, chunk: PyTree) -> PyTree:
-    """Block minus the sum over c of coefficients[:, c] * chunk[:, c].
-
-    Unrolled over the c basis vectors: one fused elementwise pass at the speed of memory, sharded as the leaves are.
-    """
-    for index in range(coefficients.shape[1]):
-        vectors = jax.tree.map(lambda leaf, index=index: leaf[:, index], chunk)
-        block = subtract(block, coefficients[:, index], vectors)
-    return block
+    return jax.tree.map(lambda x, y: x - y * column(factors, x), block, other)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
@@ -214,9 +210,11 @@ def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> t
     count = None if single else np.shape(given[0])[:1]
     for name, x, leaf in zip(paths(like), given, expected, strict=True):
         allowed = leaf.shape if single else (*(count or ("k",)), *leaf.shape)
-        if np.shape(x) != allowed or not np.can_cast(x.dtype, leaf.dtype, "safe"):
+        short = x.dtype.kind != "f" or x.dtype.itemsize < np.dtype(leaf.dtype).itemsize
+        if np.shape(x) != allowed or short:
+            where = f"leaf {name!r}" if name else "the vector"
             raise ValueError(
-                f"{what}: leaf {name!r} is {x.dtype}{list(np.shape(x))}, expected {np.dtype(leaf.dtype)}"
+                f"{what}: {where} is {x.dtype}{list(np.shape(x))}, expected {np.dtype(leaf.dtype)}"
                 f"{list(allowed)}, or {list(leaf.shape)} in every leaf for a single vector."
             )
     block = jax.tree.map(lambda x, leaf: jnp.asarray(x, leaf.dtype), vectors, like)
@@ -281,7 +279,7 @@ def auto_axes(tree: PyTree) -> PyTree:
 
 def fingerprint(tree: PyTree) -> str:
     """A hash of all values, shapes and names, the same however the arrays are sharded: integer sums associate."""
-    leaves = jax.tree.leaves(tree)
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     words = [f"{name} {leaf.shape} {leaf.dtype}" for name, leaf in zip(paths(tree), leaves, strict=True)]
     sums = [int(_hash_leaf(leaf)) for leaf in leaves]
     return hashlib.sha256(repr((words, sums)).encode()).hexdigest()[:16]
@@ -289,6 +287,8 @@ def fingerprint(tree: PyTree) -> str:
 
 @jax.jit
 def _hash_leaf(leaf: jax.Array) -> jax.Array:
+    leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     bits = lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
     bits = bits.astype(jnp.uint32)
     place = lax.iota(jnp.uint32, bits.size).reshape(bits.shape)

@@ -12,7 +12,7 @@ import numpy as np
 from . import _archive
 from ._summary import in_words
 from .quadrature import Rule, cumulative, cumulative_bounds
-from .results import Estimate, normal_estimate, positive_interval, share_interval
+from .results import Estimate, positive_interval, share_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # noqa: TID251
@@ -50,6 +50,8 @@ class SpectralDensity:
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty, expected at least one rule.")
+        if len({rule.num_deflated for rule in self.rules}) > 1:
+            raise ValueError("rules differ in num_deflated; expected rules of one run, which deflates one subspace.")
 
     @property
     def nodes(self) -> np.ndarray:
@@ -115,6 +117,13 @@ class SpectralDensity:
         spread = np.mean([(weights * (f - mean) ** 2).sum(0) for f, weights in parts], axis=0)
         return self._deflated_sum(values), mean, np.sqrt(2 * spread / max(self._freedom - 2, 1))
 
+    def _positive(self, values: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
+        """(value, standard error, lower, upper) of the means of several functions; the bounds if they are >= 0."""
+        deflated, mean, error = self._expectations(values)
+        bounds = positive_interval(mean, error, self._freedom, max(self.dimension - self._num_deflated, 1))
+        value, lower, upper = (deflated + self._probed * part for part in (mean, *bounds))
+        return value, self._probed * error, lower, upper
+
     # Smooth quantities -----------------------------------------------------------------------------------------------
 
     def pdf(self, x: Any, bandwidth: float | None = None) -> Estimate:
@@ -138,11 +147,8 @@ class SpectralDensity:
         def kernel(nodes: np.ndarray) -> np.ndarray:
             return np.exp(-0.5 * ((x.ravel() - nodes[:, None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-        deflated, mean, error = self._expectations(kernel)
-        bounds = positive_interval(mean, error, self._freedom, max(self.dimension - self._num_deflated, 1))
-        parts = (deflated + self._probed * part for part in (mean, *bounds))
-        value, lower, upper = (part.reshape(x.shape) for part in parts)
-        return Estimate(value, self._probed * error.reshape(x.shape), lower, upper)
+        value, error, lower, upper = (part.reshape(x.shape) for part in self._positive(kernel))
+        return Estimate(value, error, lower, upper)
 
     def expectation(self, f: Callable[[np.ndarray], Any]) -> Estimate:
         """Mean of ``f`` over the eigenvalues, tr f(H) / n.
@@ -164,8 +170,12 @@ class SpectralDensity:
                 )
             return result[:, None]
 
-        deflated, mean, error = (float(part[0]) for part in self._expectations(values))
-        return normal_estimate(deflated + self._probed * mean, self._probed * error)
+        value, error, *_ = self._positive(values)
+        # A signed function is two non-negative ones: the upper end of one goes with the lower end of the other.
+        _, _, gain_low, gain_high = self._positive(lambda nodes: np.maximum(values(nodes), 0))
+        _, _, loss_low, loss_high = self._positive(lambda nodes: np.maximum(-values(nodes), 0))
+        parts = (value, error, gain_low - loss_high, gain_high - loss_low)
+        return Estimate(*(float(part[0]) for part in parts))
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / n, in eigenvalue units to the power k. Quadrature is exact up to k = 2 num_steps - 1."""
@@ -174,13 +184,14 @@ class SpectralDensity:
     def trace(self) -> Estimate:
         """tr(H), in eigenvalue units."""
         mean, n = self.moment(1), self.dimension
-        return normal_estimate(n * mean.value, n * mean.standard_error)
+        return Estimate(n * mean.value, n * mean.standard_error, n * mean.lower, n * mean.upper)
 
     def frobenius_norm(self) -> Estimate:
         """sqrt(tr(H^2)), in eigenvalue units."""
         square = self.moment(2)
-        value = float(np.sqrt(self.dimension * square.value))
-        return normal_estimate(value, self.dimension * square.standard_error / (2 * value) if value else 0.0)
+        value, lower, upper = (float(np.sqrt(self.dimension * x)) for x in (square.value, square.lower, square.upper))
+        error = self.dimension * square.standard_error / (2 * value) if value else 0.0
+        return Estimate(value, error, lower, upper)
 
     # Shares and quantiles --------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _trees
+from . import _basis, _trees
 
 PyTree = Any
 
@@ -39,15 +39,18 @@ class LanczosState(NamedTuple):
     previous: PyTree
     """Block of the k vectors before them."""
     basis: tuple[PyTree, ...]
-    """Chunks (k, CHUNK, *shape) that hold vectors 0..j; rows not yet reached are zero."""
+    """Chunks of CHUNK vectors a probe that hold vectors 0..j; those not yet reached are zero."""
     against: tuple[PyTree, ...]
-    """Chunks (1, c, *shape) of the basis that all probes stay orthogonal to."""
+    """Chunks, of one probe, of the basis that all probes stay orthogonal to."""
     num_steps: int
     """Steps to be done in all."""
     diagonal: np.ndarray
     """(k, j) float64, on the host: the diagonal of each T."""
     off_diagonal: np.ndarray
     """(k, j) float64, on the host: entries below it, the last one (beta_m) dangling. 0 ends a probe."""
+    noise: np.ndarray
+    """(k,) float64, on the host: the largest part of a product that lay along earlier vectors, where there is none in
+    exact arithmetic, or a few rounding units of the norm: how far the entries of T can be trusted."""
 
 
 class NonFiniteProduct(FloatingPointError):
@@ -71,7 +74,7 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
     Raises:
       ValueError: num_steps < 1, or a start vector that is zero or not finite, or lies in the span of ``against``.
 
-    Memory: k (m + 4) + m0 vectors by the end.
+    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")
@@ -80,35 +83,32 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
     given = 0 if against is None else jax.tree.leaves(against)[0].shape[0]
     if given >= n:
         raise ValueError(f"against holds {given} vectors of dimension {n}; nothing is left for the recurrence.")
-    chunks = [
-        jax.tree.map(lambda leaf, first=first: leaf[None, first : first + CHUNK], against)
-        for first in range(0, given, CHUNK)
-    ]
+    chunks = tuple(_as_chunk(piece) for piece in _trees.split(against, CHUNK)) if against is not None else ()
     with jax.default_matmul_precision("highest"):
-        before = np.asarray(_trees.norm(start_vectors))
-        vectors, _, after = _orthogonalise(_trees.scale(start_vectors, 1 / _trees.norm(start_vectors)), tuple(chunks))
-        if not np.all(after > 64 * np.finfo(after.dtype).eps):  # written so that a NaN is refused
+        before = _norm(start_vectors)
+        vectors, _, after = _orthogonalise(_normalise(start_vectors, before), chunks)
+        if not np.all(after > 64 * _trees.epsilon(like)):  # written so that a NaN is refused
             raise ValueError(
-                f"start_vectors have norms {before}, and {after} of each is left outside of `against`; expected finite "
-                "vectors that are not zero there."
+                f"start_vectors have norms {np.asarray(before)}, and {after} of each is left outside of `against`; "
+                "expected finite vectors that are not zero there."
             )
-        vectors = _trees.scale(vectors, 1 / jnp.asarray(after))
-        state = LanczosState(
+        vectors = _normalise(vectors, jnp.asarray(after))
+        return LanczosState(
             vectors=vectors,
             previous=jax.tree.map(jnp.zeros_like, vectors),
-            basis=(),
-            against=tuple(chunks),
+            basis=_append((), vectors, 0),
+            against=chunks,
             num_steps=min(num_steps, n - given),
             diagonal=np.zeros((count, 0)),
             off_diagonal=np.zeros((count, 0)),
+            noise=np.zeros(count),
         )
-        return state._replace(basis=_append((), vectors, 0))
 
 
 def update(state: LanczosState, product: PyTree) -> LanczosState:
     """One step: takes ``operator @ state.vectors`` and gives the state that asks for the next product.
 
-    The memory of both arguments is taken over: neither may be used again, save ``diagonal`` and ``off_diagonal``.
+    The state's memory is taken over: it may not be used again, save for what is on the host.
 
     A probe ends where its Krylov space is invariant: beta <= 8 eps ||T||, relative to what is known of the norm. Its
     off-diagonal is then exactly 0, its next vector 0, and the others go on. A smaller beta would be rounding, a larger
@@ -127,7 +127,7 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         residual, alpha = _recur(
             product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
         )
-        residual = _project_out(residual, state.against)  # a true coupling, if the basis is not invariant
+        residual, _ = _project_out(residual, state.against)  # a true coupling, if the basis is not invariant
         residual, removed, beta = _orthogonalise(residual, (*state.against, *state.basis))
         alpha = np.asarray(alpha, float)
         if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
@@ -135,16 +135,17 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
                 step, "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."
             )
         diagonal = np.concatenate([state.diagonal, alpha[:, None]], axis=1)
-        epsilon = float(jnp.finfo(beta.dtype).eps)
+        epsilon = _trees.epsilon(product)
         # The largest row sum bounds the norm of T from above, within a factor of two.
         rows = np.abs(diagonal)
         rows[:, :-1] += state.off_diagonal
         rows[:, 1:] += state.off_diagonal
         size = rows.max(axis=1)
-        if np.any(removed > _ASYMMETRY * size):
+        whole = np.maximum(size, beta)
+        if np.any(removed > _ASYMMETRY * whole):
             raise ValueError(
                 f"Lanczos step {step}: the operator is not symmetric, or not the same in every product. Of "
-                f"this one, {np.max(removed / size):.2g} of the operator's norm lies along earlier vectors, where a "
+                f"this one, {np.max(removed / whole):.2g} of the operator's norm lies along earlier vectors, where a "
                 "symmetric one has nothing. hd.verify_operator(operator, key) tells more."
             )
         alive = beta > 8 * epsilon * size
@@ -157,6 +158,7 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
             basis=_append(state.basis, vectors, step + 1) if step + 1 < state.num_steps else state.basis,
             diagonal=diagonal,
             off_diagonal=off_diagonal,
+            noise=np.maximum.reduce([state.noise, removed, 4 * epsilon * size]),
         )
 
 
@@ -172,7 +174,7 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
     """
     while state.diagonal.shape[1] < state.num_steps and not _ended(state):
         try:
-            product = operator @ state.vectors
+            product, _ = _trees.as_block(operator @ state.vectors, operator.like, "the operator's product")
         except FloatingPointError as error:
             raise NonFiniteProduct(state.diagonal.shape[1], str(error)) from error
         state = update(state, product)
@@ -193,24 +195,25 @@ def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, n
     Returns:
       The block, the norms of what the first pass took away, the norms of what is left.
     """
-    before = np.asarray(_norm(block))
-    removed = None
+    before, removed = np.asarray(_norm(block)), None
     while True:
-        block = _project_out(block, chunks)
+        block, coefficients = _project_out(block, chunks)
         after = np.asarray(_norm(block))
         if removed is None:
-            removed = np.sqrt(np.maximum(before.astype(float) ** 2 - after.astype(float) ** 2, 0))
+            squares = [np.sum(np.asarray(factors, float) ** 2, axis=1) for factors in coefficients]
+            removed = np.sqrt(sum(squares, np.zeros(after.size)))
         # A vector of the span shrinks by a rounding unit a pass, until it is zero.
         if np.all((after > before / 2) | (after <= np.finfo(after.dtype).tiny)) or not np.all(np.isfinite(after)):
             return block, removed, after
         before = after
 
 
-def _project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> PyTree:
+def _project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, list[jax.Array]]:
+    """(the block less its parts along all basis vectors, those parts)."""
     coefficients = [_coefficients(chunk, block) for chunk in chunks]
     for chunk, factors in zip(chunks, coefficients, strict=True):
         block = _subtract_combination(block, factors, chunk)
-    return block
+    return block, coefficients
 
 
 def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[PyTree, ...]:
@@ -225,30 +228,32 @@ def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[
 # steps; consumed arguments are donated, so that nothing is copied.
 
 _norm = jax.jit(_trees.norm)
-_coefficients = jax.jit(_trees.coefficients)
-_subtract_combination = partial(jax.jit, donate_argnums=0)(_trees.subtract_combination)
+_coefficients = jax.jit(_basis.coefficients)
+_subtract_combination = partial(jax.jit, donate_argnums=0)(_basis.subtract_combination)
 
 
-@partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _recur(product: PyTree, vectors: PyTree, previous: PyTree, beta: jax.Array) -> tuple[PyTree, jax.Array]:
-    """The three-term recurrence: (A v - beta v_previous - alpha v, alpha)."""
+    """The three-term recurrence: (A v - beta v_previous - alpha v, alpha). The product is the operator's to keep."""
     residual = _trees.subtract(product, beta, previous)
     alpha = _trees.inner(residual, vectors)
     return _trees.subtract(residual, alpha, vectors), alpha
 
 
-@partial(jax.jit, donate_argnums=0)
-def _normalise(residual: PyTree, beta: jax.Array) -> PyTree:
-    return _trees.scale(residual, 1 / beta)
+@jax.jit
+def _normalise(vectors: PyTree, norms: jax.Array) -> PyTree:
+    return _trees.scale(vectors, 1 / norms)
 
 
 @jax.jit
-def _first_row(vectors: PyTree) -> PyTree:
-    return jax.tree.map(
-        lambda leaf: jnp.pad(leaf[:, None], [(0, 0), (0, CHUNK - 1)] + [(0, 0)] * (leaf.ndim - 1)), vectors
-    )
+def _as_chunk(vectors: PyTree) -> PyTree:
+    """Up to CHUNK vectors as the chunk of one probe."""
+    first = jax.tree.map(lambda leaf: leaf[:1], vectors)
+    result = _basis.chunk(first, CHUNK)
+    for row in range(1, jax.tree.leaves(vectors)[0].shape[0]):
+        result = _basis.write_row(result, jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], vectors), row)
+    return result
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write_row(chunk: PyTree, vectors: PyTree, row: int) -> PyTree:
-    return jax.tree.map(lambda c, v: jax.lax.dynamic_update_slice_in_dim(c, v[:, None], row, axis=1), chunk, vectors)
+_first_row = jax.jit(partial(_basis.chunk, rows=CHUNK))
+_write_row = partial(jax.jit, donate_argnums=0)(_basis.write_row)

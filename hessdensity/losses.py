@@ -38,6 +38,8 @@ def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
     if isinstance(value, Total):
         return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
     (count,) = set(leading_lengths(batch).values())
+    # A mean in bfloat16 times 257 would be 256 means.
+    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     # The mean over no example is NaN, and weighs nothing.
     return Total(value * count if count else jnp.zeros_like(value), jnp.asarray(count))
 
@@ -76,7 +78,8 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
             raise TypeError(f"loss returned {got}; expected a scalar: take the mean over the batch's examples.")
     (first, *_) = parts.values()
     if not jnp.issubdtype(first.dtype, jnp.floating):
-        raise TypeError(f"loss returned dtype {first.dtype}; expected a real floating-point scalar.")
+        what = "an hd.Total whose sum is" if isinstance(value, Total) else "dtype"
+        raise TypeError(f"loss returned {what} {first.dtype}; expected a real floating-point scalar.")
     if not isinstance(value, Total) and not agree:
         raise ValueError(refusal)
 

@@ -27,8 +27,14 @@ class Rule:
     residuals: np.ndarray
     """(length,) float64: an eigenvalue lies within this distance of the node."""
 
+    def __post_init__(self) -> None:
+        for name in ("nodes", "weights", "residuals"):
+            array = np.array(getattr(self, name), float)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
 
-def gauss_rule(diagonal: np.ndarray, off_diagonal: np.ndarray, rounding: float = 0.0) -> Rule:
+
+def gauss_rule(diagonal: np.ndarray, off_diagonal: np.ndarray, noise: float = 0.0) -> Rule:
     """The Gauss rule of a Lanczos recurrence (Golub and Welsch 1969).
 
     Nodes are the eigenvalues theta_i of T = tridiag(off_diagonal, diagonal, off_diagonal), weights the squared first
@@ -37,7 +43,7 @@ def gauss_rule(diagonal: np.ndarray, off_diagonal: np.ndarray, rounding: float =
     Args:
       diagonal: (m,) float64.
       off_diagonal: (m,) float64, the last one beta_m. T ends at the first zero: the Krylov space was invariant there.
-      rounding: the vectors' rounding unit; residuals are not taken to be below it times the norm of T.
+      noise: how far the entries of T can be trusted, in eigenvalue units; residuals are not taken to be below it.
 
     Returns:
       A `Rule` without deflated nodes, of m nodes or fewer.
@@ -50,7 +56,7 @@ def gauss_rule(diagonal: np.ndarray, off_diagonal: np.ndarray, rounding: float =
     nodes, vectors = np.linalg.eigh(np.diag(diagonal[:length]) + np.diag(off, 1) + np.diag(off, -1))
     weights = vectors[0] ** 2
     residuals = np.abs(off_diagonal[length - 1] * vectors[-1])
-    return Rule(nodes, weights / weights.sum(), 0, np.maximum(residuals, rounding * np.abs(nodes).max()))
+    return Rule(nodes, weights / weights.sum(), 0, np.maximum(residuals, noise))
 
 
 def cumulative(nodes: np.ndarray, weights: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -63,9 +69,10 @@ def cumulative_bounds(nodes: np.ndarray, weights: np.ndarray, x: np.ndarray) -> 
 
     Chebyshev-Markov-Stieltjes: at a node the true cumulative lies between the weights strictly below it and those up to
     it. Between two nodes it therefore lies between the weights strictly below the left one and those up to the right
-    one. Rigorous, whatever the spectrum; nodes ascend.
+    one. Rigorous, whatever the spectrum; nodes ascend. (Akhiezer 1965, chapter 2.)
     """
     sums = np.concatenate([[0.0], np.cumsum(weights)])
     lower = sums[np.maximum(np.searchsorted(nodes, x, side="left") - 1, 0)]
     upper = sums[np.minimum(np.searchsorted(nodes, x, side="right") + 1, nodes.size)]
-    return lower, upper
+    # Nothing lies beyond the infinities, though something may beyond any node.
+    return np.where(x == np.inf, sums[-1], lower), np.where(x == -np.inf, 0.0, upper)

@@ -28,7 +28,7 @@ class Estimate:
     standard_error: Any
     """One standard deviation of the estimate, in its units."""
     lower: Any
-    """Lower end of the interval that holds the truth in about 95 % of runs."""
+    """Lower end of the interval that holds the truth in about 95 % of runs (less for a heavy tail and one probe)."""
     upper: Any
     """Upper end of that interval."""
 
@@ -47,11 +47,6 @@ class Estimate:
 
     def __str__(self) -> str:
         return format(self, ".6g")
-
-
-def normal_estimate(value: Any, standard_error: Any) -> Estimate:
-    """The interval is two standard errors to either side."""
-    return Estimate(value, standard_error, value - 2 * standard_error, value + 2 * standard_error)
 
 
 def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarray]:

@@ -38,7 +38,7 @@ def spectral_density(
 
     Raises:
       TypeError: ``operator`` is none, or ``key`` is no key.
-      ValueError: num_steps or num_probes < 1.
+      ValueError: num_steps or num_probes < 1; the operator turns out not to be symmetric.
       lanczos.NonFiniteProduct: a product is not finite; its ``partial`` is the density from the steps before, if any.
 
     Cost: num_steps x num_probes products, in num_steps passes over the data. Memory: num_probes x (num_steps + 4)
@@ -56,11 +56,13 @@ def spectral_density(
 
     start, stopped = time.perf_counter(), None
     state = lanczos.init(_trees.random_block(key, 0, num_probes, operator.like), num_steps)
-    num_steps, tridiagonals = state.num_steps, (state.diagonal, state.off_diagonal)
+    num_steps, tridiagonals = state.num_steps, (state.diagonal, state.off_diagonal, state.noise)
 
     def answer() -> SpectralDensity:
-        rounding = float(np.finfo(_trees.scalar_dtype(operator.like)).eps)
-        rules = tuple(gauss_rule(*rows, rounding) for rows in zip(*tridiagonals, strict=True))
+        rules = tuple(
+            gauss_rule(diagonal, off_diagonal, 2 * noise)
+            for diagonal, off_diagonal, noise in zip(*tridiagonals, strict=True)
+        )
         description = {
             "operator": describe(operator),
             "num_steps": num_steps,
@@ -76,7 +78,7 @@ def spectral_density(
     with tqdm(total=num_steps * num_probes, desc="spectral density", unit="HVP", disable=not progress) as bar:
         try:
             for step in lanczos.iterate(operator, state):
-                tridiagonals = step.diagonal, step.off_diagonal
+                tridiagonals = step.diagonal, step.off_diagonal, step.noise
                 bar.update(num_probes)
         except (KeyboardInterrupt, lanczos.NonFiniteProduct) as error:
             done = tridiagonals[0].shape[1]
@@ -97,8 +99,8 @@ def _check(operator: Operator, key: jax.Array, num_steps: int, num_probes: int) 
             "an object with `like` and `@`."
         )
     for name, value in (("num_steps", num_steps), ("num_probes", num_probes)):
-        if value < 1:
-            raise ValueError(f"{name}={value}, expected at least 1.")
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r}, expected a whole number of at least 1.")
     if not isinstance(key, jax.Array):
         raise TypeError(f"key is a {type(key).__name__}; expected a JAX random key, such as jax.random.key(0).")
     for name, leaf in zip(_trees.paths(operator.like), jax.tree.leaves(operator.like), strict=True):

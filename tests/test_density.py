@@ -84,6 +84,30 @@ def test_two_standard_errors_cover_the_truth_as_often_as_they_should(num_probes,
         assert abs(count / runs - 0.954) < 5 * np.sqrt(0.954 * 0.046 / runs)
 
 
+@pytest.mark.parametrize("num_probes", [1, 2])
+@pytest.mark.parametrize("name", ["one outlier", "ten outliers", "power law", "both signs"])
+def test_the_intervals_of_trace_and_norm_cover_where_two_standard_errors_do_not(name, num_probes, rng):
+    values = {
+        "one outlier": np.concatenate([[100.0], np.full(499, 1e-3)]),
+        "ten outliers": np.concatenate([np.geomspace(1, 10, 10), rng.standard_normal(490) * 0.01]),
+        "power law": 1 / np.arange(1.0, 501.0),
+        "both signs": np.concatenate([[10.0, -7.0], rng.standard_normal(498) * 0.1]),
+    }[name]
+    densities = [sphere_rules(values, num_probes, rng) for _ in range(300)]
+    for estimates, exact in (
+        ([d.trace() for d in densities], values.sum()),
+        ([d.frobenius_norm() for d in densities], np.linalg.norm(values)),
+    ):
+        covered = np.mean([e.lower <= exact <= e.upper for e in estimates])
+        symmetric = np.mean([abs(e.value - exact) <= 2 * e.standard_error for e in estimates])
+        # One probe that meets a heavy tail cannot know how heavy it is.
+        assert covered > (0.83 if num_probes == 1 else 0.88)
+        assert covered >= symmetric - 0.02
+        assert all(e.lower <= e.value * (1 + 1e-6) and e.value <= e.upper * (1 + 1e-6) for e in estimates)
+    if values.min() >= 0:
+        assert min(d.trace().lower for d in densities) >= 0
+
+
 @pytest.mark.parametrize("num_probes", [1, 3])
 def test_the_variance_formula_is_unbiased(num_probes, rng):
     values = spectra.ORDINARY["linear"]
@@ -126,6 +150,14 @@ def test_the_bounds_of_a_mass_hold_the_quadratures_error(key):
         mass = density.mass(-1, 0)
         assert mass.lower <= np.mean(values <= 0) <= mass.upper
         assert mass.lower <= mass.value <= mass.upper
+
+
+def test_all_mass_lies_between_the_infinities(key):
+    operator = hd.Matrix.from_eigenvalues(np.linspace(-1, 1, 100, dtype=np.float32), key)
+    density = hd.spectral_density(operator, key, num_steps=3, progress=False)
+    everything = density.mass(-np.inf, np.inf)
+    assert (everything.lower, everything.value, everything.upper) == pytest.approx((1, 1, 1))
+    assert density.mass(-np.inf, 0.5).lower > 0
 
 
 def test_quantiles_bracket_the_truth_and_invert_the_cdf(rng):
@@ -192,7 +224,7 @@ def test_saved_is_loaded_bit_for_bit(tmp_path, rng):
     density = sphere_rules(spectra.ORDINARY["outliers"], 3, rng, against=4)
     short = gauss_rule(np.array([1.0, 2.0]), np.array([0.5, 0.1]))
     density = hd.SpectralDensity(
-        (*density.rules, hd.Rule(short.nodes, short.weights, 2, short.residuals)), 300, 17, {"key": [1, 2], "loss": 0.1}
+        (*density.rules, hd.Rule(short.nodes, short.weights, 4, short.residuals)), 300, 17, {"key": [1, 2], "loss": 0.1}
     )
     density.save(tmp_path / "density.anything")
     loaded = hd.SpectralDensity.load(tmp_path / "density.anything")
@@ -221,7 +253,7 @@ def test_a_file_that_is_no_saved_density_is_refused(tmp_path):
 
 
 def test_arguments_that_cannot_be_are_refused():
-    density = of_eigenvalues([1.0, 2.0])
+    density, x = of_eigenvalues([1.0, 2.0]), np.ones(1)
     for call, said in (
         (lambda: density.pdf(0.0, bandwidth=0.0), "bandwidth=0.0, expected a positive"),
         (lambda: density.mass(2, 1), "expected low <= high"),
@@ -229,6 +261,7 @@ def test_arguments_that_cannot_be_are_refused():
         (lambda: density.expectation(lambda x: np.where(x > 1, np.nan, x)), "1 not finite"),
         (lambda: density.expectation(lambda x: 3.0), "one finite number a node"),
         (lambda: hd.SpectralDensity((), 3, 0), "rules is empty"),
+        (lambda: hd.SpectralDensity((hd.Rule(x, x, 0, x), hd.Rule(x, x, 1, x)), 1, 0), "differ in num_deflated"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

@@ -22,9 +22,10 @@ def run(operator, key, num_steps, count=2, against=None):
 
 
 def basis_of(state, probe):
-    """(m, n) float64: the basis vectors whose products were taken."""
-    rows = np.concatenate([_trees.ravel(jax.tree.map(lambda leaf: leaf[probe], chunk)) for chunk in state.basis])
-    return rows[: state.diagonal.shape[1]].astype(float)
+    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array."""
+    chunks = [np.moveaxis(np.asarray(chunk[probe], float), -2, 0) for chunk in state.basis]
+    rows = np.concatenate([chunk.reshape(chunk.shape[0], -1) for chunk in chunks])
+    return rows[: state.diagonal.shape[1]]
 
 
 def tridiagonal(state, probe):
@@ -131,8 +132,9 @@ def test_a_state_saved_and_resumed_in_the_middle_equals_an_uninterrupted_run(key
     for _ in range(11):
         state = lanczos.update(state, operator @ state.vectors)
     saved = jax.tree.map(np.array, state)
-    resumed = jax.tree.map(lambda leaf: leaf if leaf.dtype == float and leaf.ndim == 2 else jnp.asarray(leaf), saved)
-    resumed = resumed._replace(num_steps=int(saved.num_steps), diagonal=saved.diagonal, off_diagonal=saved.off_diagonal)
+    host = {"num_steps": int(saved.num_steps)}
+    host |= {name: getattr(saved, name) for name in ("diagonal", "off_diagonal", "noise")}
+    resumed = jax.tree.map(jnp.asarray, saved)._replace(**host)
     for resumed in lanczos.iterate(operator, resumed):
         pass
     np.testing.assert_array_equal(resumed.diagonal, whole.diagonal)
@@ -188,6 +190,38 @@ def test_an_operator_that_is_not_symmetric_is_refused_at_no_cost(key, dtype):
     for operator in (nonsymmetric, unstable):
         with pytest.raises(ValueError, match=r"step [1-5]: the operator is not symmetric, or not the same"):
             run(operator, key, 10, count=1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_symmetric_operator_is_not_taken_for_another(count, key):
+    # Balanced spectra, whose first diagonal entry is zero by cancellation, at the ends of the range of float32.
+    for seed in range(8):
+        for factor in (1e-30, 1.0, 1e30):
+            values = factor * np.concatenate([np.ones(200), -np.ones(200), np.linspace(-0.1, 0.1, 100)])
+            run(operator_of(values, key, np.float32), jax.random.key(seed), 12, count)
+
+
+def test_the_products_noise_is_measured(key):
+    rounded = hd.FunctionOperator(
+        lambda v: (v.astype(jnp.bfloat16) * jnp.linspace(-1, 1, 500, dtype=jnp.bfloat16)).astype(jnp.float32),
+        jnp.zeros(500, jnp.float32),
+    )
+    assert 1e-5 < run(rounded, key, 30).noise.max() < 1e-2
+    assert run(operator_of(np.linspace(-1, 1, 500), key, np.float32), key, 30).noise.max() < 5e-6
+
+
+def test_a_product_is_the_operators_to_keep_and_is_checked(key):
+    class Identity:
+        like = jax.ShapeDtypeStruct((20,), jnp.float32)
+
+        def __matmul__(self, block):
+            return block
+
+    assert run(Identity(), key, 5).diagonal[:, 0] == pytest.approx(1)
+    wrong = Identity()
+    wrong.like, state = jax.ShapeDtypeStruct((21,), jnp.float32), lanczos.init(jnp.ones((1, 20)), 3)
+    with pytest.raises(ValueError, match=r"the operator's product: the vector is float32\[1, 20\]"):
+        list(lanczos.iterate(wrong, state))
 
 
 def test_a_product_that_is_not_finite_names_the_step(key):

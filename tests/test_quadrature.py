@@ -69,8 +69,8 @@ def test_an_eigenvalue_lies_within_the_residual_of_every_node(name):
     assert (distances <= rule.residuals + 1e-12).all()
 
 
-def test_residuals_are_not_taken_below_rounding():
-    rule = gauss_rule(np.array([4.0, 1.0]), np.array([0.0, 0.0]), rounding=1e-7)
+def test_residuals_are_not_taken_below_the_noise_of_the_products():
+    rule = gauss_rule(np.array([4.0, 1.0]), np.array([0.0, 0.0]), noise=4e-7)
     assert rule.residuals.tolist() == [4e-7]
 
 

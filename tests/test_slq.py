@@ -190,8 +190,8 @@ def test_a_result_records_what_made_it(key):
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
-        ({"num_steps": 0}, ValueError, "num_steps=0, expected at least 1"),
-        ({"num_probes": 0}, ValueError, "num_probes=0, expected at least 1"),
+        ({"num_steps": 0}, ValueError, "num_steps=0, expected a whole number"),
+        ({"num_probes": 0}, ValueError, "num_probes=0, expected a whole number"),
         ({"operator": np.eye(3)}, TypeError, "operator is a ndarray; expected hd.Hessian"),
         ({"key": 0}, TypeError, "key is a int; expected a JAX random key"),
         ({"operator": hd.FunctionOperator(abs, jnp.zeros((0, 3)))}, ValueError, "holds no entries"),

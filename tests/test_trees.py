@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hessdensity import _trees
+from hessdensity import _basis, _trees
 
 # Lengths that no factor divides, more than one long axis, scalars, empty leaves.
 SHAPES = [(1_000_003,), (1_000_000,), (50_021, 3), (7, 1031), (3, 3, 64, 32), (), (0, 4), (1,)]
@@ -36,14 +36,23 @@ def test_norms_neither_underflow_nor_overflow(size):
     assert float(_trees.norm(jnp.full((1, 4), size, jnp.float32))[0]) == pytest.approx(2 * size, rel=1e-6)
 
 
-def test_combinations_of_a_chunk_are_matrix_products(dtype):
-    chunk, vectors = block((3, 8, 5, 4), 1, dtype)[0], block((5, 4), 3, dtype, 1)
-    basis, rows = np.asarray(chunk, float).reshape(3, 8, 20), np.asarray(vectors, float).reshape(3, 20)
-    coefficients = _trees.coefficients({"w": chunk}, {"w": vectors})
-    expected = np.einsum("kcn,kn->kc", basis, rows)
-    np.testing.assert_allclose(coefficients, expected, atol=20 * np.finfo(dtype).eps)
-    left = _trees.subtract_combination({"w": vectors}, coefficients, {"w": chunk})["w"].reshape(3, 20)
-    np.testing.assert_allclose(left, rows - np.einsum("kc,kcn->kn", expected, basis), atol=200 * np.finfo(dtype).eps)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_chunks_products_and_combinations_are_those_of_its_rows(shape, dtype):
+    rows = [block(shape, 2, dtype, seed) for seed in range(3)]
+    vector = {"w": block(shape, 2, dtype, 9)}
+    chunk = _basis.chunk({"w": rows[0]}, 4)
+    for index in (1, 2):
+        chunk = _basis.write_row(chunk, {"w": rows[index]}, index)
+    basis = np.stack([np.asarray(row, float).reshape(2, -1) for row in rows], axis=1)
+    flat = np.asarray(vector["w"], float).reshape(2, -1)
+    coefficients, expected = _basis.coefficients(chunk, vector), np.einsum("kcn,kn->kc", basis, flat)
+    scale = 1 + np.linalg.norm(basis) * np.linalg.norm(flat)
+    np.testing.assert_allclose(coefficients[:, :3], expected, atol=8 * np.finfo(dtype).eps * scale)
+    assert not np.asarray(coefficients[:, 3]).any()
+    factors = jnp.asarray([[1.0, -2.0, 0.5, 7.0], [0.0, 1.0, 3.0, 7.0]], dtype)
+    left = _basis.subtract_combination(vector, factors, chunk)["w"].reshape(2, -1)
+    combination = np.einsum("kc,kcn->kn", np.asarray(factors, float)[:, :3], basis)
+    np.testing.assert_allclose(left, flat - combination, atol=100 * np.finfo(dtype).eps)
 
 
 def test_random_vectors_are_on_the_sphere_and_each_depends_on_its_own_index(key, dtype):
