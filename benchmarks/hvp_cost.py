@@ -2,7 +2,12 @@
 
     python -m benchmarks.hvp_cost
 
-Answer: not yet measured.
+Answer (2026-11-21, 2 cores of an AMD EPYC, JAX 0.10.2), in gradients per vector:
+
+                                       weights    gradient     H v   H v, of four
+    MLP 784-256-256-10, 512 images     269,322    0.0040 s    2.32           1.67
+    ResNet-20, 128 images              269,722    0.6176 s    1.96           1.35
+    GPT, 32 x 64 tokens                818,176    0.2098 s    1.97           1.35
 """
 
 from collections.abc import Callable

@@ -5,7 +5,15 @@
 n = 1e6, 90 steps, one probe, float32, against matfree's `tridiag_sym`, which reorthogonalises in full too. The operator
 is a diagonal, so that nearly all the time is the engine's. First calls, compilation included, are fresh processes'.
 
-Answer: not yet measured.
+Answer (2026-11-21, 2 cores of an AMD EPYC, JAX 0.10.2, matfree 0.6.3):
+
+                       warm  first call   max|V VT - I|  memory speed
+    hessdensity      3.04 s      2.45 s         2.8e-07           23%
+    matfree         10.88 s      7.04 s         1.6e-04            6%
+    ratio              3.6x        2.9x
+
+Memory is read at 47 GB/s. Compilation takes 0.39, 0.38 and 0.42 s for 30, 90 and 180 steps: it does not grow. There is one
+setting, the accurate one: a plain matrix-vector product in place of the row by row sums would be no faster.
 """
 
 import json

@@ -56,6 +56,15 @@ def from_linen(
     Raises:
       TypeError: ``model`` is no linen module.
       ValueError: ``variables`` has no ``params``; ``batch_statistics`` is missing or superfluous.
+
+    Example:
+      >>> from flax import linen
+      >>> from hessdensity import losses
+      >>> model = linen.Dense(2)
+      >>> variables = model.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+      >>> loss, params = from_linen(model, variables, losses.cross_entropy)
+      >>> loss(params, (jax.numpy.ones((4, 3)), jax.numpy.zeros(4, int))).shape
+      ()
     """
     if not hasattr(model, "apply"):
         raise TypeError(f"model is a {type(model).__name__} without `apply`; for a Flax NNX model use from_nnx.")
@@ -111,6 +120,13 @@ def from_nnx(model: Any, criterion: Criterion, *, batch_statistics: BatchStatist
     Raises:
       TypeError: ``model`` is no NNX module.
       ValueError: ``batch_statistics`` is missing or superfluous; the model has no parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from hessdensity import losses
+      >>> loss, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), losses.mean_squared_error)
+      >>> loss(params, (jax.numpy.ones((4, 3)), jax.numpy.ones((4, 2)))).shape
+      ()
     """
     from flax import nnx
 

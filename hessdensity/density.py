@@ -36,6 +36,12 @@ class SpectralDensity:
     method says so.
 
     ``print`` it for a summary.
+
+    Example:
+      >>> rule = Rule(nodes=[0.0, 2.0], weights=[0.75, 0.25], num_deflated=0, residuals=[0.0, 0.0])
+      >>> density = SpectralDensity((rule,), dimension=100, num_matvecs=2)
+      >>> print(f"{density.trace():.3g}, {density.cdf(1.0):.2g}")
+      50 ± 12, 0.75 ± 0.061
     """
 
     rules: tuple[Rule, ...]

@@ -101,7 +101,10 @@ class Hessian:
         return Hessian(loss, params, self._passes, where=kept.__contains__, precision=self.precision)
 
     def gradient(self, offset: PyTree | None = None) -> PyTree:
-        """Gradient of the mean loss at ``params + offset`` with respect to the selected leaves. One pass."""
+        """Gradient of the mean loss at ``params + offset`` with respect to the selected leaves, like ``like``.
+
+        Raises FloatingPointError where it is not finite. Cost: one pass, one gradient a batch.
+        """
         point = self.params if offset is None else _trees.add(self.params, offset)
         with jax.default_matmul_precision(self.precision):
             return mean_gradient(self.loss, point, self._passes)

@@ -167,6 +167,14 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
 
     Ends after ``num_steps``, or when every probe has ended.
 
+    Example:
+      >>> import hessdensity as hd
+      >>> state = init(jnp.ones((1, 2)), num_steps=2)
+      >>> for state in iterate(hd.Matrix(np.diag([1.0, 3.0])), state):
+      ...     print(state.diagonal.round(3).tolist())
+      [[2.0]]
+      [[2.0, 2.0]]
+
     Raises:
       NonFiniteProduct: names the step, and what the operator said of it (its batch).
 

@@ -197,6 +197,10 @@ def dense(operator: Operator, *, block_size: int = 64, max_size: int = 20_000) -
 
     Raises:
       ValueError: n > max_size.
+
+    Example:
+      >>> dense(Matrix(np.diag([1.0, 2.0]))).tolist()
+      [[1.0, 0.0], [0.0, 2.0]]
     """
     n = _trees.size(operator.like)
     if n > max_size:
@@ -209,7 +213,12 @@ def dense(operator: Operator, *, block_size: int = 64, max_size: int = 20_000) -
 
 
 def to_scipy(operator: Operator) -> Any:
-    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors, leaves in tree order."""
+    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors, leaves in tree order.
+
+    Example:
+      >>> to_scipy(Matrix(np.diag([1.0, 2.0]))).matvec(np.ones(2)).tolist()
+      [1.0, 2.0]
+    """
     from scipy.sparse.linalg import LinearOperator
 
     n, like = _trees.size(operator.like), operator.like
