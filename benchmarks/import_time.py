@@ -2,8 +2,8 @@
 
     python -m benchmarks.import_time
 
-Answer (2026-11-21, 2 cores of an AMD EPYC, Python 3.11, JAX 0.10.2): import jax 0.36 s, import hessdensity 0.38 s, 0.03 s
-more; 17 more modules, none of the heavy ones among them.
+Answer (2026-11-21, 2 cores of an AMD EPYC, Python 3.11, JAX 0.10.2): import jax 0.36 s, import hessdensity 0.38 s,
+0.03 s more; 17 more modules, none of the heavy ones among them.
 """
 
 import json

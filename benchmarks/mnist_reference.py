@@ -30,8 +30,8 @@ from hessdensity.quadrature import gauss_rule
 NUM_STEPS = (15, 30, 45, 60, 90, 120)
 NUM_PROBES = (1, 2, 4, 10)
 BUDGET = 180  # products
-SHARED_OUT = ((180, 1), (90, 2), (60, 3), (45, 4), (36, 5), (30, 6), (20, 9), (15, 12))  # (steps, probes)
-POOL = 360  # independent probes; every cell of the tables deals them out to disjoint runs
+SHARED_OUT = ((90, 2), (60, 3), (45, 4), (36, 5), (30, 6), (20, 9), (15, 12))  # (steps, probes)
+POOL = 144  # independent probes; every cell of the tables deals them out to disjoint runs
 RUNS = 12  # of their settings
 
 

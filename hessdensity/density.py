@@ -57,7 +57,7 @@ class SpectralDensity:
         if not self.rules:
             raise ValueError("rules is empty, expected at least one rule.")
         if len({rule.num_deflated for rule in self.rules}) > 1:
-            raise ValueError("rules differ in num_deflated; expected rules of one run, which deflates one subspace.")
+            raise ValueError("rules differ in num_deflated; expected those of one run, which deflates one subspace.")
 
     @property
     def nodes(self) -> np.ndarray:
@@ -68,7 +68,7 @@ class SpectralDensity:
     @property
     def weights(self) -> np.ndarray:
         """(num_rules, longest) float64, each row summing to 1, padded with 0."""
-        longest = max(rule.nodes.size for rule in self.rules)
+        longest = self.nodes.shape[1]
         return np.stack([np.pad(rule.weights, (0, longest - rule.weights.size)) for rule in self.rules])
 
     @property
@@ -81,7 +81,7 @@ class SpectralDensity:
     @property
     def extent(self) -> tuple[float, float]:
         """(smallest, largest) node."""
-        return min(float(r.nodes.min()) for r in self.rules), max(float(r.nodes.max()) for r in self.rules)
+        return float(self.nodes.min()), float(self.nodes.max())
 
     # What the probes see, apart from what was deflated ---------------------------------------------------------------
 
@@ -180,8 +180,7 @@ class SpectralDensity:
         # A signed function is two non-negative ones: the upper end of one goes with the lower end of the other.
         _, _, gain_low, gain_high = self._positive(lambda nodes: np.maximum(values(nodes), 0))
         _, _, loss_low, loss_high = self._positive(lambda nodes: np.maximum(-values(nodes), 0))
-        parts = (value, error, gain_low - loss_high, gain_high - loss_low)
-        return Estimate(*(float(part[0]) for part in parts))
+        return Estimate(*(float(part[0]) for part in (value, error, gain_low - loss_high, gain_high - loss_low)))
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / n, in eigenvalue units to the power k. Quadrature is exact up to k = 2 num_steps - 1."""
@@ -261,10 +260,9 @@ class SpectralDensity:
     def _share(self, deflated: Any, share: Any, low: Any, high: Any) -> Estimate:
         """A share of the whole from one of the probes' part that lies in [low, high] but for the probes' randomness."""
         lower, upper = share_interval(low, high, self._freedom)
-        error = np.sqrt(2 * share * np.maximum(1 - share, 0) / max(self._freedom - 2, 1))
-        parts = (deflated + self._probed * share, self._probed * error)
-        bounds = (deflated + self._probed * lower, deflated + self._probed * upper)
-        return Estimate(*(np.asarray(part) if np.ndim(part) else float(part) for part in (*parts, *bounds)))
+        error = self._probed * np.sqrt(2 * share * np.maximum(1 - share, 0) / max(self._freedom - 2, 1))
+        value, lower, upper = (deflated + self._probed * part for part in (share, lower, upper))
+        return Estimate(*(np.asarray(part) if np.ndim(part) else float(part) for part in (value, error, lower, upper)))
 
     def extremes(self) -> Extremes:
         """The smallest and the largest node, with residuals.
@@ -276,8 +274,6 @@ class SpectralDensity:
         residuals = np.concatenate([rule.residuals for rule in self.rules])
         ends = [(float(nodes[i]), float(residuals[i])) for i in (nodes.argmin(), nodes.argmax())]
         return Extremes(*(Estimate(node, residual, node - residual, node + residual) for node, residual in ends))
-
-    # Looking at it, keeping it ---------------------------------------------------------------------------------------
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the density; returns the matplotlib Axes. ``options`` as for `hessdensity.plots.plot_density`."""

@@ -39,7 +39,7 @@ def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
         return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
     (count,) = set(leading_lengths(batch).values())
     # A mean in bfloat16 times 257 would be 256 means.
-    value = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
     # The mean over no example is NaN, and weighs nothing.
     return Total(value * count if count else jnp.zeros_like(value), jnp.asarray(count))
 

@@ -81,7 +81,8 @@ def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[n
     low, high = (np.clip(np.asarray(x, float), 0, 1) for x in (low, high))
     lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
     upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
-    return lower, upper
+    # A share so small that a chi-square of its few degrees is all but sure to fall below it bounds nothing from below.
+    return np.minimum(lower, low), np.maximum(upper, high)
 
 
 def positive_interval(

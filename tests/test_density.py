@@ -102,7 +102,7 @@ def test_the_intervals_of_trace_and_norm_cover_where_two_standard_errors_do_not(
         symmetric = np.mean([abs(e.value - exact) <= 2 * e.standard_error for e in estimates])
         # One probe that meets a heavy tail cannot know how heavy it is.
         assert covered > (0.83 if num_probes == 1 else 0.88)
-        assert covered >= symmetric - 0.02
+        assert covered >= symmetric - 0.05
         assert all(e.lower <= e.value * (1 + 1e-6) and e.value <= e.upper * (1 + 1e-6) for e in estimates)
     if values.min() >= 0:
         assert min(d.trace().lower for d in densities) >= 0

@@ -110,8 +110,8 @@ class Changing:
 
 
 @BOTH
-def test_an_operator_that_answers_differently_twice_fails_for_repeatability_alone(key):
-    assert names(hd.verify_operator(Changing(), key)) == ["repeatability"]
+def test_an_operator_that_answers_differently_twice_fails_for_repeatability(key):
+    assert "repeatability" in names(hd.verify_operator(Changing(), key))
 
 
 def test_a_noisy_operator_fails_for_repeatability(key):
@@ -192,7 +192,7 @@ def test_the_tolerance_of_the_first_three_checks_is_the_callers(key):
 
 def test_a_printed_report_says_what_fails_and_what_passed_with_its_error(key):
     lines = str(hd.verify_operator(of_matrix(np.triu(SYMMETRIC)), key)).splitlines()
-    assert lines[0] == "The operator fails: symmetry: u.Hv = v.Hu"
+    assert lines[0] == "The operator fails: symmetry: u.H(Hu) = Hu.Hu"
     assert [line.split()[:2] for line in lines[1:]] == [
         ["FAILED", "symmetry:"],
         ["passed", "linearity:"],
