@@ -49,7 +49,7 @@ def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
 @main.command()
 @click.argument("problem")
 @click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
-@click.option("--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--num-probes", default=3, type=click.IntRange(min=1), help="Random starts: the precision.")
 @click.option("--seed", default=0, help="Seed of the probes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg).")

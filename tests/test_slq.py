@@ -180,7 +180,7 @@ def test_a_result_records_what_made_it(key):
     loss, params, batch = mlp(np.float32)
     description = hd.spectral_density(hd.Hessian(loss, params, [batch]), key, num_steps=3, progress=False).description
     assert description["num_steps"] == 3
-    assert description["num_probes"] == 2
+    assert description["num_probes"] == 3
     assert description["stopped"] is None
     assert description["key"] == np.asarray(jax.random.key_data(key)).tolist()
     assert description["operator"]["num_examples"] == 64
