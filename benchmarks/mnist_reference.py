@@ -38,7 +38,7 @@ from benchmarks.models.data import folder, mnist_test
 from benchmarks.models.mlp import MLP
 from hessdensity import _trees, lanczos
 from hessdensity.plots import plot_density
-from hessdensity.quadrature import gauss_rule
+from hessdensity.quadrature import Tridiagonal, gauss_rule
 
 NUM_STEPS = (15, 30, 45, 60, 90, 120)
 NUM_PROBES = (1, 2, 4, 10)
@@ -106,7 +106,7 @@ def pool(hessian: hd.Hessian, num_steps: int) -> list[tuple[np.ndarray, np.ndarr
 
 def table(exact: Exact, matrices: list, num_steps: int, probes: tuple[int, ...]) -> list[dict[str, float]]:
     """Errors with num_steps and each number of probes, averaged over as many runs as the pool makes."""
-    rules = [gauss_rule(diagonal[:num_steps], off[:num_steps]) for diagonal, off in matrices]
+    rules = [gauss_rule(Tridiagonal(diagonal[:num_steps], off[:num_steps])) for diagonal, off in matrices]
     n = len(exact.eigenvalues)
     smoothed = np.stack([exact.smoothed(hd.SpectralDensity((rule,), n, num_steps)) for rule in rules])
     cells = []
@@ -136,7 +136,7 @@ def their_settings(hessian: hd.Hessian, exact: Exact) -> tuple[dict[str, Any], h
     """90 steps, 10 probes: what `RUNS` keys gave, and the run whose W1 is the (upper) median."""
     runs = []
     for key in range(RUNS):
-        density = hd.spectral_density(hessian, jax.random.key(key), num_steps=90, num_probes=10, progress=False)
+        density = hd.spectral_density(hessian, jax.random.key(key), num_steps=90, num_probes=10, deflation_steps=0, progress=False)
         runs.append((*exact.errors(density, exact.smoothed(density)), density))
     runs.sort(key=lambda run: run[0])
     w1, l1, densities = zip(*runs, strict=True)

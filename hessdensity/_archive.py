@@ -5,38 +5,49 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .quadrature import Rule
 
 FORMAT = "hessdensity.SpectralDensity"
-VERSION = 1
+VERSION = 2
 
 _COLUMNS = ("nodes", "weights", "residuals")
 
 
-def write(
-    path: str | Path, rules: tuple[Rule, ...], dimension: int, num_matvecs: int, description: dict[str, Any]
-) -> None:
+class Contents(NamedTuple):
+    """The fields of a density that are saved."""
+
+    rules: tuple[Rule, ...]
+    dimension: int
+    num_matvecs: int
+    description: dict[str, Any]
+    given: bool
+
+
+def write(path: str | Path, contents: Contents) -> None:
     """Write to exactly ``path``; what of the description JSON does not know is written as its text."""
+    rules = contents.rules
     columns: dict[str, Any] = {name: np.concatenate([getattr(rule, name) for rule in rules]) for name in _COLUMNS}
     with open(path, "wb") as file:
         np.savez(
             file,
             format=np.array(FORMAT),
             version=np.array(VERSION),
-            dimension=np.array(dimension),
-            num_matvecs=np.array(num_matvecs),
-            description=np.array(json.dumps(description, default=str)),
+            dimension=np.array(contents.dimension),
+            num_matvecs=np.array(contents.num_matvecs),
+            description=np.array(json.dumps(contents.description, default=str)),
+            given=np.array(contents.given),
             lengths=np.array([rule.nodes.size for rule in rules]),
             num_deflated=np.array([rule.num_deflated for rule in rules]),
+            coupling=np.array([rule.coupling for rule in rules]),
             **columns,
         )
 
 
-def read(path: str | Path) -> tuple[tuple[Rule, ...], int, int, dict[str, Any]]:
+def read(path: str | Path) -> Contents:
     """What `write` was given. Raises ValueError for any other file."""
     refusal = f"path={str(path)!r} is not a saved density; expected a file written by SpectralDensity.save."
     try:
@@ -59,11 +70,17 @@ def read(path: str | Path) -> tuple[tuple[Rule, ...], int, int, dict[str, Any]]:
         raise ValueError(f"path={str(path)!r} is a damaged density: {error!r}. Save it again.") from error
 
 
-def _unpack(saved: dict[str, Any]) -> tuple[tuple[Rule, ...], int, int, dict[str, Any]]:
+def _unpack(saved: dict[str, Any]) -> Contents:
     ends = np.cumsum(saved["lengths"])[:-1]
     columns = (np.split(saved[name], ends) for name in _COLUMNS)
+    # Version 1 knew of no coupling, and of no given vectors.
+    coupling = saved.get("coupling", np.zeros(ends.size + 1))
     rules = tuple(
-        Rule(nodes, weights, int(num_deflated), residuals)
-        for nodes, weights, residuals, num_deflated in zip(*columns, saved["num_deflated"], strict=True)
+        Rule(nodes, weights, int(num_deflated), residuals, float(coupling))
+        for nodes, weights, residuals, num_deflated, coupling in zip(
+            *columns, saved["num_deflated"], coupling, strict=True
+        )
     )
-    return rules, int(saved["dimension"]), int(saved["num_matvecs"]), json.loads(str(saved["description"]))
+    description = json.loads(str(saved["description"]))
+    given = bool(saved.get("given", False))
+    return Contents(rules, int(saved["dimension"]), int(saved["num_matvecs"]), description, given)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from . import _trees
@@ -36,6 +37,11 @@ def chunk(block: PyTree, rows: int) -> PyTree:
         return jnp.pad(first, [(0, rows - 1 if axis == first.ndim - 2 else 0) for axis in range(first.ndim)])
 
     return jax.tree.map(make, block)
+
+
+def stack(block: PyTree) -> PyTree:
+    """The vectors of a block as one full chunk of one probe."""
+    return jax.tree.map(lambda leaf: jnp.moveaxis(_in_rows(leaf), 0, -2)[None], block)
 
 
 def write_row(chunk: PyTree, block: PyTree, row: jax.Array | int) -> PyTree:
@@ -82,3 +88,17 @@ def subtract_combination(block: PyTree, coefficients: jax.Array, chunk: PyTree) 
         return lax.optimization_barrier(rows).reshape(leaf.shape)
 
     return jax.tree.map(combine, block, chunk)
+
+
+def combine(chunks: tuple[PyTree, ...], coefficients: np.ndarray, like: PyTree) -> PyTree:
+    """Linear combinations of the basis vectors of one probe: a block of k vectors from coefficients (k, size)."""
+    block = _trees.zeros(like, coefficients.shape[0])
+    for position, chunk in enumerate(chunks):
+        rows = jax.tree.leaves(chunk)[0].shape[-2]
+        part = coefficients[:, position * rows : (position + 1) * rows]
+        padded = np.pad(part, [(0, 0), (0, rows - part.shape[1])])
+        block = _subtract_combination(block, jnp.asarray(-padded, _trees.scalar_dtype(like)), chunk)
+    return block
+
+
+_subtract_combination = functools.partial(jax.jit, donate_argnums=0)(subtract_combination)

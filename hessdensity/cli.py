@@ -21,9 +21,10 @@ def main() -> None:
 @main.command()
 @click.option("--plot", default="hessdensity_demo.png", type=click.Path(dir_okay=False), help="Where the figure goes.")
 @click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
-@click.option("--num-probes", default=10, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--num-probes", default=4, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--deflation-steps", default=60, type=click.IntRange(min=0), help="Lanczos steps without probe noise.")
 @click.option("--seed", default=0, help="Seed of the probes.")
-def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
+def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed: int) -> None:
     """Train a small network on handwritten digits; estimate its Hessian's density, and compare with the exact one."""
     import jax
     import numpy as np
@@ -38,18 +39,27 @@ def demo(plot: str, num_steps: int, num_probes: int, seed: int) -> None:
         hessian = hd.Hessian(*demonstration.problem())
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
-    density = hd.spectral_density(hessian, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes)
+    key = jax.random.key(seed)
+    density = hd.spectral_density(
+        hessian, key, num_steps=num_steps, num_probes=num_probes, deflation_steps=deflation_steps
+    )
     click.echo(f"\n{density}\n\nThe dense Hessian for comparison, {density.dimension:,} products ...")
     eigenvalues = np.linalg.eigvalsh(hd.dense(hessian))
     click.echo(demonstration.comparison(density, eigenvalues))
-    _save_figure(density, plot, eigenvalues=eigenvalues, label=f"{num_probes} probes of {num_steps} steps")
+    _save_figure(density, plot, eigenvalues=eigenvalues, label=f"{density.num_matvecs} products")
     click.echo(f"\nFigure: {plot}   ({time.perf_counter() - start:.0f} s in all)")
 
 
 @main.command()
 @click.argument("problem")
-@click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
-@click.option("--num-probes", default=3, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--num-steps", default=45, type=click.IntRange(min=1), help="Lanczos steps of a probe: the resolution.")
+@click.option("--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision.")
+@click.option("--deflation-steps", default=90, type=click.IntRange(min=0), help="Lanczos steps without probe noise.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Go on until the estimated W1 error over the range is below this.",
+)
 @click.option("--seed", default=0, help="Seed of the probes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg).")
@@ -61,6 +71,8 @@ def run(
     problem: str,
     num_steps: int,
     num_probes: int,
+    deflation_steps: int,
+    tolerance: float | None,
     seed: int,
     out: str | None,
     plot: str | None,
@@ -78,7 +90,13 @@ def run(
     _check_targets(out, plot)
     operator = _operator(problem)
     density = hd.spectral_density(
-        operator, jax.random.key(seed), num_steps=num_steps, num_probes=num_probes, progress=progress
+        operator,
+        jax.random.key(seed),
+        num_steps=num_steps,
+        num_probes=num_probes,
+        deflation_steps=deflation_steps,
+        tolerance=tolerance,
+        progress=progress,
     )
     click.echo(str(density))
     if out:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import _archive
+from ._probes import Probes
 from ._summary import in_words
-from .quadrature import Rule, cumulative, cumulative_bounds
-from .results import Estimate, positive_interval, share_interval
+from .quadrature import Rule
+from .results import BoundedEstimate, Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # noqa: TID251
+
+    from .eigenspaces import Eigenspace
+
+
+CONVERGED = 1e-4
+"""Residual, over the operator's norm, of a Ritz pair that passes for an eigenpair."""
 
 
 class Extremes(NamedTuple):
@@ -32,8 +40,8 @@ class SpectralDensity:
     The mean of ``rules``, one a probe; everything below is computed from them. Error bars describe the probes'
     randomness, exactly: the part of the spectrum that a probe uniform on the sphere of N = n - num_deflated dimensions
     sees has variance 2/(N + 2) x (mean f^2 - (mean f)^2) in the expectation of f, and a share F follows a Beta law.
-    They are defined from one probe on. The error of quadrature (num_steps too small) is not in them, save where a
-    method says so.
+    They are defined from one probe on. The errors of quadrature (num_steps too small) and of deflation are not in
+    them, save where a method says so (`cdf_bounds`, `mass`); ``description["error"]`` estimates them all.
 
     ``print`` it for a summary.
 
@@ -51,13 +59,18 @@ class SpectralDensity:
     num_matvecs: int
     """Products with the operator that were spent."""
     description: dict[str, Any] = field(default_factory=dict)
-    """What was computed: the operator's own description, settings, versions."""
+    """What was computed: the operator's own description, settings, versions, the estimated error."""
+    eigenspace: Eigenspace | None = None
+    """The deflated Ritz vectors, where they were asked for (``keep_eigenspace``). Not saved."""
+    given: bool = False
+    """The rules are of a vector that was given (`spectral_measure`), not of random probes: a share is then one of the
+    vector's squared norm, nothing is random, and bounds hold the quadrature's error alone."""
 
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty, expected at least one rule.")
-        if len({rule.num_deflated for rule in self.rules}) > 1:
-            raise ValueError("rules differ in num_deflated; expected those of one run, which deflates one subspace.")
+        if any(rule.num_deflated > self.dimension for rule in self.rules):
+            raise ValueError(f"a rule deflates more than the dimension={self.dimension} nodes there are.")
 
     @property
     def nodes(self) -> np.ndarray:
@@ -83,52 +96,9 @@ class SpectralDensity:
         """(smallest, largest) node."""
         return float(self.nodes.min()), float(self.nodes.max())
 
-    # What the probes see, apart from what was deflated ---------------------------------------------------------------
-
-    @property
-    def _num_deflated(self) -> int:
-        return self.rules[0].num_deflated
-
-    @property
-    def _probed(self) -> float:
-        """Share of the dimensions that is left to the probes: N/n."""
-        return 1 - self._num_deflated / self.dimension
-
-    @property
-    def _freedom(self) -> float:
-        """The number k (N + 2).
-
-        The variance of a mean is 2/freedom of the variance over the spectrum; 2/(freedom - 2) of the variance within
-        the rules estimates it without bias, since they scatter around their own mean.
-        """
-        return len(self.rules) * (self.dimension - self._num_deflated + 2)
-
-    def _deflated_sum(self, values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        count = self._num_deflated
-        return (self.rules[0].weights[:count, None] * values(self.rules[0].nodes[:count])).sum(0)
-
-    def _probe_parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(nodes, weights of sum 1) of each probe's Gauss rule."""
-        parts = [(rule.nodes[rule.num_deflated :], rule.weights[rule.num_deflated :]) for rule in self.rules]
-        return [(nodes, weights / (weights.sum() or 1)) for nodes, weights in parts]
-
-    def _expectations(self, values: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(sum over the deflated part, mean over the probes' part, its standard error) of several functions.
-
-        They are given as one, from nodes (j,) to (j, number of functions).
-        """
-        parts = [(values(nodes), weights[:, None]) for nodes, weights in self._probe_parts()]
-        mean = np.mean([(weights * f).sum(0) for f, weights in parts], axis=0)
-        # Around the pooled mean and not as mean f^2 - (mean f)^2, which cancels when f is far from zero.
-        spread = np.mean([(weights * (f - mean) ** 2).sum(0) for f, weights in parts], axis=0)
-        return self._deflated_sum(values), mean, np.sqrt(2 * spread / max(self._freedom - 2, 1))
-
-    def _positive(self, values: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, ...]:
-        """(value, standard error, lower, upper) of the means of several functions; the bounds if they are >= 0."""
-        deflated, mean, error = self._expectations(values)
-        bounds = positive_interval(mean, error, self._freedom, max(self.dimension - self._num_deflated, 1))
-        value, lower, upper = (deflated + self._probed * part for part in (mean, *bounds))
-        return value, self._probed * error, lower, upper
+    @cached_property
+    def _probes(self) -> Probes:
+        return Probes(self.rules, self.dimension, self.given)
 
     # Smooth quantities -----------------------------------------------------------------------------------------------
 
@@ -153,7 +123,7 @@ class SpectralDensity:
         def kernel(nodes: np.ndarray) -> np.ndarray:
             return np.exp(-0.5 * ((x.ravel() - nodes[:, None]) / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
-        value, error, lower, upper = (part.reshape(x.shape) for part in self._positive(kernel))
+        value, error, lower, upper = (part.reshape(x.shape) for part in self._probes.expectations(kernel))
         return Estimate(value, error, lower, upper)
 
     def expectation(self, f: Callable[[np.ndarray], Any]) -> Estimate:
@@ -176,11 +146,7 @@ class SpectralDensity:
                 )
             return result[:, None]
 
-        value, error, *_ = self._positive(values)
-        # A signed function is two non-negative ones: the upper end of one goes with the lower end of the other.
-        _, _, gain_low, gain_high = self._positive(lambda nodes: np.maximum(values(nodes), 0))
-        _, _, loss_low, loss_high = self._positive(lambda nodes: np.maximum(-values(nodes), 0))
-        return Estimate(*(float(part[0]) for part in (value, error, gain_low - loss_high, gain_high - loss_low)))
+        return self._probes.signed_expectation(values)
 
     def moment(self, k: int) -> Estimate:
         """tr(H^k) / n, in eigenvalue units to the power k. Quadrature is exact up to k = 2 num_steps - 1."""
@@ -188,15 +154,23 @@ class SpectralDensity:
 
     def trace(self) -> Estimate:
         """tr(H), in eigenvalue units."""
+        self._refuse_given("trace")
         mean, n = self.moment(1), self.dimension
         return Estimate(n * mean.value, n * mean.standard_error, n * mean.lower, n * mean.upper)
 
     def frobenius_norm(self) -> Estimate:
         """sqrt(tr(H^2)), in eigenvalue units."""
+        self._refuse_given("frobenius_norm")
         square = self.moment(2)
         value, lower, upper = (float(np.sqrt(self.dimension * x)) for x in (square.value, square.lower, square.upper))
         error = self.dimension * square.standard_error / (2 * value) if value else 0.0
         return Estimate(value, error, lower, upper)
+
+    def _refuse_given(self, name: str) -> None:
+        if self.given:
+            raise ValueError(
+                f"{name}: the measure of one vector does not tell it; moment(1) is that vector's Rayleigh quotient."
+            )
 
     # Shares and quantiles --------------------------------------------------------------------------------------------
 
@@ -209,33 +183,55 @@ class SpectralDensity:
         Returns:
           `Estimate` of x's shape; ``lower`` and ``upper`` from the Beta law of the probes.
         """
-        x = np.asarray(x, float)
-        deflated = self._deflated_sum(lambda nodes: (nodes[:, None] <= x.ravel()).astype(float)).reshape(x.shape)
-        share = np.mean([cumulative(nodes, weights, x) for nodes, weights in self._probe_parts()], axis=0)
-        return self._share(deflated, share, share, share)
+        share = self._probes.share(-np.inf, np.asarray(x, float))
+        return Estimate(share.value, share.standard_error, *share.probes)
 
-    def mass(self, low: float, high: float) -> Estimate:
+    def cdf_bounds(self, x: Any, enclosure: tuple[float, float] = (-np.inf, np.inf)) -> BoundedEstimate:
+        """Share of the eigenvalues that are <= x, between bounds that hold.
+
+        Three errors, kept apart and combined. Quadrature: num_steps are few; Chebyshev-Markov-Stieltjes bounds hold
+        the cumulative of each probe's own measure, whatever the spectrum. Coupling: deflation left out a coupling,
+        which moves the share by 1/n at most, converged or not (see `hessdensity.deflation`). Probes: their Beta law, at
+        95 %. Rigorous bounds are wide: between two nodes lies the weight of both.
+
+        Args:
+          x: eigenvalues, any shape.
+          enclosure: (low, high) that holds the whole spectrum, if known: nothing lies outside. Products alone never
+            give one for certain; a norm of the operator does.
+
+        Returns:
+          `BoundedEstimate` of x's shape.
+
+        Raises:
+          ValueError: the enclosure is empty, or a node lies outside of it by more than its residual.
+        """
+        x, (low, high) = np.asarray(x, float), enclosure
+        nodes, residuals = (np.concatenate([getattr(r, f) for r in self.rules]) for f in ("nodes", "residuals"))
+        if not low < high or np.any(nodes + residuals < low) or np.any(nodes - residuals > high):
+            raise ValueError(
+                f"enclosure={enclosure}, expected (low, high) that holds the whole spectrum; there are eigenvalues "
+                f"near {nodes.min():.6g} and {nodes.max():.6g}."
+            )
+        return self._probes.share(-np.inf, x, enclosure)
+
+    def mass(self, low: float, high: float) -> BoundedEstimate:
         """Share of the eigenvalues in [low, high].
 
         The value is that of the rules and may hang on a single node when ``low`` or ``high`` falls into a dense part
-        of the spectrum (near 0, say). So ``lower`` and ``upper`` hold the quadrature's error too
-        (Chebyshev-Markov-Stieltjes bounds), beside the Beta law of the probes: they are to be read, and quoted, with
-        the value.
+        of the spectrum. So ``lower`` and ``upper`` hold every error, as those of `cdf_bounds` do: they are to be read,
+        and quoted, with the value.
+
+        The fraction of negative eigenvalues, ``mass(-inf, 0)``, cannot be answered where many eigenvalues are zero or
+        nearly so, as in every large network: rounding decides their sign, and plain quadrature answers anything from 0
+        to 1 as num_steps change. Ask away from zero, ``mass(-inf, -epsilon)``, with an epsilon that means something to
+        you, such as 1e-3 of the largest eigenvalue.
 
         Raises:
           ValueError: low > high.
         """
         if not low <= high:
             raise ValueError(f"low={low}, high={high}: expected low <= high.")
-        deflated = self._deflated_sum(lambda nodes: ((nodes >= low) & (nodes <= high)).astype(float)[:, None])[0]
-        shares, lowest, highest = [], [], []
-        ends = np.array([low, high], float)
-        for nodes, weights in self._probe_parts():
-            shares.append(weights[(nodes >= low) & (nodes <= high)].sum())
-            below, above = cumulative_bounds(nodes, weights, ends)
-            lowest.append(max(below[1] - above[0], 0.0))
-            highest.append(above[1] - below[0])
-        return self._share(deflated, *(np.mean(part) for part in (shares, lowest, highest)))
+        return self._probes.share(float(low), float(high))
 
     def quantile(self, p: float) -> Estimate:
         """The eigenvalue below which a share p of the spectrum lies: the smallest node with cdf >= p.
@@ -257,13 +253,6 @@ class SpectralDensity:
         lower, value, upper = (first(np.maximum.accumulate(level)) for level in (cdf.upper, cdf.value, cdf.lower))
         return Estimate(value, (upper - lower) / 4, lower, upper)
 
-    def _share(self, deflated: Any, share: Any, low: Any, high: Any) -> Estimate:
-        """A share of the whole from one of the probes' part that lies in [low, high] but for the probes' randomness."""
-        lower, upper = share_interval(low, high, self._freedom)
-        error = self._probed * np.sqrt(2 * share * np.maximum(1 - share, 0) / max(self._freedom - 2, 1))
-        value, lower, upper = (deflated + self._probed * part for part in (share, lower, upper))
-        return Estimate(*(np.asarray(part) if np.ndim(part) else float(part) for part in (value, error, lower, upper)))
-
     def extremes(self) -> Extremes:
         """The smallest and the largest node, with residuals.
 
@@ -275,6 +264,16 @@ class SpectralDensity:
         ends = [(float(nodes[i]), float(residuals[i])) for i in (nodes.argmin(), nodes.argmax())]
         return Extremes(*(Estimate(node, residual, node - residual, node + residual) for node, residual in ends))
 
+    @property
+    def outliers(self) -> np.ndarray:
+        """(count, 2) float64: deflated Ritz values that are converged, descending, each with its residual.
+
+        Converged: a residual of at most 1e-4 of the largest node in size. They are eigenvalues, to within the residual.
+        """
+        rule = max(self.rules, key=lambda rule: rule.num_deflated)
+        pairs = np.stack([rule.nodes, rule.residuals], axis=1)[: rule.num_deflated]
+        return pairs[pairs[:, 1] <= CONVERGED * max(map(abs, self.extent))][::-1]
+
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the density; returns the matplotlib Axes. ``options`` as for `hessdensity.plots.plot_density`."""
         from .plots import plot_density
@@ -285,8 +284,9 @@ class SpectralDensity:
         return in_words(self)
 
     def save(self, path: str | Path) -> None:
-        """Write a versioned ``.npz`` without pickles to exactly ``path``."""
-        _archive.write(path, self.rules, self.dimension, self.num_matvecs, self.description)
+        """Write a versioned ``.npz`` without pickles to exactly ``path``; all but the eigenspace."""
+        contents = _archive.Contents(self.rules, self.dimension, self.num_matvecs, self.description, self.given)
+        _archive.write(path, contents)
 
     @staticmethod
     def load(path: str | Path) -> SpectralDensity:
@@ -296,4 +296,4 @@ class SpectralDensity:
           FileNotFoundError: there is no such file.
           ValueError: the file is not a saved density, or one of a newer version of the format.
         """
-        return SpectralDensity(*_archive.read(path))
+        return SpectralDensity(**_archive.read(path)._asdict())

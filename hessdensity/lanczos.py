@@ -28,6 +28,17 @@ CHUNK = 8
 """Basis vectors a chunk: few, because the last chunk is read whole, and zeros take memory."""
 
 
+class Basis(NamedTuple):
+    """Orthonormal vectors of one probe, in chunks."""
+
+    chunks: tuple[PyTree, ...]
+    """CHUNK vectors each, the last ones of the last chunk being zero."""
+    size: int
+    """How many they are."""
+    norm: float = 0.0
+    """The operator's, as far as it is known: what is small beside it is rounding, in their complement too."""
+
+
 class LanczosState(NamedTuple):
     """What the next step needs: a pytree, which may be saved after any step and resumed.
 
@@ -40,14 +51,16 @@ class LanczosState(NamedTuple):
     """Block of the k vectors before them."""
     basis: tuple[PyTree, ...]
     """Chunks of CHUNK vectors a probe that hold vectors 0..j; those not yet reached are zero."""
-    against: tuple[PyTree, ...]
-    """Chunks, of one probe, of the basis that all probes stay orthogonal to."""
+    against: Basis
+    """The basis, of one probe, that all probes stay orthogonal to."""
     num_steps: int
     """Steps to be done in all."""
     diagonal: np.ndarray
     """(k, j) float64, on the host: the diagonal of each T."""
     off_diagonal: np.ndarray
     """(k, j) float64, on the host: entries below it, the last one (beta_m) dangling. 0 ends a probe."""
+    outside: np.ndarray
+    """(k, j, r) float64, on the host: parts of the products along ``against``, r its vectors and zeros."""
     noise: np.ndarray
     """(k,) float64, on the host: the largest part of a product that lay along earlier vectors, where there is none in
     exact arithmetic, or a few rounding units of the norm: how far the entries of T can be trusted."""
@@ -62,14 +75,14 @@ class NonFiniteProduct(FloatingPointError):
         self.partial: Any = None
 
 
-def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -> LanczosState:
+def init(start_vectors: PyTree, num_steps: int, against: PyTree | Basis | None = None) -> LanczosState:
     """The state before the first step.
 
     Args:
       start_vectors: block of k vectors; normalised here.
       num_steps: Lanczos length m, at least 1. Clipped to the dimension that ``against`` leaves.
-      against: block of m0 orthonormal vectors, shared by all probes, that the whole recurrence stays orthogonal to: it
-        then belongs to the operator's compression to their complement.
+      against: block of m0 orthonormal vectors, or the `Basis` of an earlier run, shared by all probes, that the whole
+        recurrence stays orthogonal to: it then belongs to the operator's compression to their complement.
 
     Raises:
       ValueError: num_steps < 1, or a start vector that is zero or not finite, or lies in the span of ``against``.
@@ -80,13 +93,16 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start_vectors)
     n, count = _trees.size(like), jax.tree.leaves(start_vectors)[0].shape[0]
-    given = 0 if against is None else jax.tree.leaves(against)[0].shape[0]
-    if given >= n:
-        raise ValueError(f"against holds {given} vectors of dimension {n}; nothing is left for the recurrence.")
-    chunks = tuple(_as_chunk(piece) for piece in _trees.split(against, CHUNK)) if against is not None else ()
+    if against is None:
+        against = Basis((), 0)
+    elif not isinstance(against, Basis):
+        chunks = tuple(_as_chunk(piece) for piece in _trees.split(against, CHUNK))
+        against = Basis(chunks, jax.tree.leaves(against)[0].shape[0])
+    if against.size >= n:
+        raise ValueError(f"against holds {against.size} vectors of dimension {n}; nothing is left for the recurrence.")
     with jax.default_matmul_precision("highest"):
         before = _norm(start_vectors)
-        vectors, _, after = _orthogonalise(_normalise(start_vectors, before), chunks)
+        vectors, _, after = _orthogonalise(_normalise(start_vectors, before), against.chunks)
         if not np.all(after > 64 * _trees.epsilon(like)):  # written so that a NaN is refused
             raise ValueError(
                 f"start_vectors have norms {np.asarray(before)}, and {after} of each is left outside of `against`; "
@@ -97,10 +113,11 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | None = None) -
             vectors=vectors,
             previous=jax.tree.map(jnp.zeros_like, vectors),
             basis=_append((), vectors, 0),
-            against=chunks,
-            num_steps=min(num_steps, n - given),
+            against=against,
+            num_steps=min(num_steps, n - against.size),
             diagonal=np.zeros((count, 0)),
             off_diagonal=np.zeros((count, 0)),
+            outside=np.zeros((count, 0, CHUNK * len(against.chunks))),
             noise=np.zeros(count),
         )
 
@@ -110,7 +127,7 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
 
     The state's memory is taken over: it may not be used again, save for what is on the host.
 
-    A probe ends where its Krylov space is invariant: beta <= 8 eps ||T||, relative to what is known of the norm. Its
+    A probe ends where its Krylov space is invariant: beta <= 8 eps times what is known of the operator's norm. Its
     off-diagonal is then exactly 0, its next vector 0, and the others go on. A smaller beta would be rounding, a larger
     one does no harm: the vector that follows is orthogonal to the others, whatever it is.
 
@@ -127,8 +144,8 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         residual, alpha = _recur(
             product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
         )
-        residual, _ = _project_out(residual, state.against)  # a true coupling, if the basis is not invariant
-        residual, removed, beta = _orthogonalise(residual, (*state.against, *state.basis))
+        residual, along = _project_out(residual, state.against.chunks)  # a true coupling, if it is not invariant
+        residual, removed, beta = _orthogonalise(residual, (*state.against.chunks, *state.basis))
         alpha = np.asarray(alpha, float)
         if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
             raise NonFiniteProduct(
@@ -140,7 +157,7 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         rows = np.abs(diagonal)
         rows[:, :-1] += state.off_diagonal
         rows[:, 1:] += state.off_diagonal
-        size = rows.max(axis=1)
+        size = np.maximum(rows.max(axis=1), state.against.norm)
         whole = np.maximum(size, beta)
         if np.any(removed > _ASYMMETRY * whole):
             raise ValueError(
@@ -158,8 +175,20 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
             basis=_append(state.basis, vectors, step + 1) if step + 1 < state.num_steps else state.basis,
             diagonal=diagonal,
             off_diagonal=off_diagonal,
+            outside=np.concatenate([state.outside, _on_host(along, len(alpha))[:, None]], axis=1),
             noise=np.maximum.reduce([state.noise, removed, 4 * epsilon * size]),
         )
+
+
+def extend(state: LanczosState, num_steps: int) -> LanczosState:
+    """The state with more steps to be done, ``num_steps`` in all, clipped as by `init`; never with fewer."""
+    n = sum(leaf[0].size for leaf in jax.tree.leaves(state.vectors))
+    num_steps, done = min(num_steps, n - state.against.size), state.diagonal.shape[1]
+    if num_steps <= state.num_steps:
+        return state
+    # The vector after the last step was not kept, since no step was to follow.
+    basis = _append(state.basis, state.vectors, done) if done == state.num_steps else state.basis
+    return state._replace(num_steps=num_steps, basis=basis)
 
 
 def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
@@ -208,12 +237,16 @@ def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, n
         block, coefficients = _project_out(block, chunks)
         after = np.asarray(_norm(block))
         if removed is None:
-            squares = [np.sum(np.asarray(factors, float) ** 2, axis=1) for factors in coefficients]
-            removed = np.sqrt(sum(squares, np.zeros(after.size)))
+            removed = np.linalg.norm(_on_host(coefficients, after.size), axis=1)
         # A vector of the span shrinks by a rounding unit a pass, until it is zero.
         if np.all((after > before / 2) | (after <= np.finfo(after.dtype).tiny)) or not np.all(np.isfinite(after)):
             return block, removed, after
         before = after
+
+
+def _on_host(coefficients: list[jax.Array], count: int) -> np.ndarray:
+    """Coefficients chunk by chunk as one (count, r) float64 array."""
+    return np.concatenate([np.zeros((count, 0)), *(np.asarray(part, float) for part in coefficients)], axis=1)
 
 
 def _project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, list[jax.Array]]:

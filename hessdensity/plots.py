@@ -24,6 +24,7 @@ def plot_density(
     x_scale: XScale = "linear",
     band: bool = True,
     eigenvalues: Any = None,
+    outliers: bool = True,
     **line_options: Any,
 ) -> Axes:
     """The smoothed density on a logarithmic axis, with the band of its error bars; outliers stay visible.
@@ -37,6 +38,7 @@ def plot_density(
       x_scale: ``"symlog"`` opens up the bulk around zero and shows outliers of both signs beside it.
       band: shade the interval of ``density.pdf``.
       eigenvalues: exact ones (n,), if known: drawn under the curve, smoothed alike, with a tick for each.
+      outliers: mark ``density.outliers``, the eigenvalues that deflation found, along the top.
       line_options: for ``Axes.plot``: ``color``, ``linestyle``, ``linewidth``.
 
     Returns:
@@ -55,6 +57,10 @@ def plot_density(
     (line,) = ax.plot(x, estimate, label=f"{name}bandwidth {width:.2g}", **{"linewidth": 1.2, **line_options})
     if band:
         ax.fill_between(x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0)
+    found = density.outliers[:, 0] if outliers else np.zeros(0)
+    if found.size:
+        (marks,) = ax.plot(found, np.ones(found.size), "v", color=line.get_color(), markersize=4, clip_on=False)
+        marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues converged")
     ax.set_yscale("log")
     low, high = floor, 2 * float(np.max(estimate))
     left, right = x[0], x[-1]
@@ -64,7 +70,9 @@ def plot_density(
         low = min(low, bottom) if bottom > 0 else low  # what was there may have been drawn on a linear axis
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
-    ax.set_ylabel("spectral density (1 / eigenvalue)")
+    ax.set_ylabel(
+        "share of the squared norm (1 / eigenvalue)" if density.given else "spectral density (1 / eigenvalue)"
+    )
     return _finish(ax, x_scale, width)
 
 

@@ -49,6 +49,18 @@ class Estimate:
         return format(self, ".6g")
 
 
+@dataclass(frozen=True, eq=False)
+class BoundedEstimate(Estimate):
+    """An estimated share of a spectrum whose errors are kept apart; ``lower`` and ``upper`` combine them all."""
+
+    quadrature: tuple[Any, Any]
+    """(lower, upper): what these probes would have shown after infinitely many steps lies between, for certain."""
+    coupling: Any
+    """How far deflation may have moved the share, at most, for certain: 1/n for each finite end of the interval."""
+    probes: tuple[Any, Any]
+    """(lower, upper): 95 % bounds for the probes' randomness alone, around the value."""
+
+
 def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[np.ndarray, np.ndarray]:
     """95 % bounds on the share F of a spectrum, from shares seen by random probes.
 
@@ -78,7 +90,8 @@ def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[n
             left, right = np.where(above, middle, left), np.where(above, right, middle)
         return (left + right) / 2
 
-    low, high = (np.clip(np.asarray(x, float), 0, 1) for x in (low, high))
+    # Sums of weights miss 1 by rounding, and of a share of 1 nothing is uncertain.
+    low, high = (np.clip(np.round(np.asarray(x, float), 12), 0, 1) for x in (low, high))
     lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
     upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
     # A share so small that a chi-square of its few degrees is all but sure to fall below it bounds nothing from below.
@@ -86,7 +99,7 @@ def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[n
 
 
 def positive_interval(
-    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: int
+    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % bounds on the mean of a non-negative function over a spectrum.
 

@@ -53,7 +53,19 @@ def png(path):
 
 @pytest.mark.parametrize(("problem", "kind", "n"), [("regression", "Hessian", 5), ("operator", "Matrix", 6)])
 def test_a_problem_or_an_operator_gives_a_summary_a_file_and_a_figure(run, tmp_path, problem, kind, n):
-    result = run(f"mine:{problem}", "--num-steps", "4", "--num-probes", "3", "--out", "d.npz", "--plot", "d.png")
+    result = run(
+        f"mine:{problem}",
+        "--num-steps",
+        "4",
+        "--num-probes",
+        "3",
+        "--deflation-steps",
+        "0",
+        "--out",
+        "d.npz",
+        "--plot",
+        "d.png",
+    )
     assert result.exit_code == 0, result.output
     assert f"Spectral density of a {kind}, n = {n}" in result.stdout
     assert "Density: d.npz\nFigure: d.png\n" in result.stdout
@@ -83,7 +95,7 @@ def test_nothing_is_written_unless_asked(run, tmp_path):
 
 @pytest.mark.parametrize(("option", "shown"), [("--progress", True), ("--no-progress", False)])
 def test_the_progress_bar_counts_products_on_standard_error(run, option, shown):
-    result = run("mine:operator", "--num-steps", "4", "--num-probes", "3", option)
+    result = run("mine:operator", "--num-steps", "4", "--num-probes", "3", "--deflation-steps", "0", option)
     assert ("12/12" in result.stderr) == shown
     assert "HVP" not in result.stdout
 
@@ -132,7 +144,10 @@ def test_help_says_what_it_does_and_with_which_defaults(command):
     assert result.exit_code == 0
     text = " ".join(result.stdout.split())
     if command:
-        assert all(word in text for word in ("--num-steps", "[default: 60", "--num-probes", "--seed", "--plot"))
+        assert all(
+            word in text
+            for word in ("--num-steps", "[default: ", "--num-probes", "--deflation-steps", "--seed", "--plot")
+        )
     else:
         assert all(word in text for word in ("demo", "run", "Hessian"))
 

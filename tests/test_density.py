@@ -7,7 +7,7 @@ import scipy.stats
 import spectra
 
 import hessdensity as hd
-from hessdensity.quadrature import gauss_rule
+from hessdensity.quadrature import Tridiagonal, gauss_rule
 
 
 def sphere_rules(values, num_probes, rng, against=0):
@@ -189,7 +189,7 @@ def test_every_output_scales_with_the_right_power(factor, rng):
 @pytest.mark.parametrize("name", ["identity", "zero", "one"])
 def test_a_spectrum_of_one_value_has_no_error(name):
     values = spectra.BREAKDOWN[name]
-    rule = gauss_rule(values[:1], np.zeros(1))
+    rule = gauss_rule(Tridiagonal(values[:1], np.zeros(1)))
     density = hd.SpectralDensity((rule, rule), values.size, 2)
     assert density.trace().value == pytest.approx(values.sum())
     assert density.trace().standard_error == 0
@@ -222,7 +222,7 @@ def test_distance_is_w1_and_a_metric():
 
 def test_saved_is_loaded_bit_for_bit(tmp_path, rng):
     density = sphere_rules(spectra.ORDINARY["outliers"], 3, rng, against=4)
-    short = gauss_rule(np.array([1.0, 2.0]), np.array([0.5, 0.1]))
+    short = gauss_rule(Tridiagonal(np.array([1.0, 2.0]), np.array([0.5, 0.1])))
     density = hd.SpectralDensity(
         (*density.rules, hd.Rule(short.nodes, short.weights, 4, short.residuals)), 300, 17, {"key": [1, 2], "loss": 0.1}
     )
@@ -261,7 +261,7 @@ def test_arguments_that_cannot_be_are_refused():
         (lambda: density.expectation(lambda x: np.where(x > 1, np.nan, x)), "1 not finite"),
         (lambda: density.expectation(lambda x: 3.0), "one finite number a node"),
         (lambda: hd.SpectralDensity((), 3, 0), "rules is empty"),
-        (lambda: hd.SpectralDensity((hd.Rule(x, x, 0, x), hd.Rule(x, x, 1, x)), 1, 0), "differ in num_deflated"),
+        (lambda: hd.SpectralDensity((hd.Rule(x, x, 1, x), hd.Rule(x, x, 2, x)), 1, 0), "deflates more than"),
     ):
         with pytest.raises(ValueError, match=said):
             call()
@@ -279,7 +279,7 @@ def test_an_estimate_stands_in_for_its_value_and_prints_its_error():
 
 def test_a_density_prints_its_main_figures(rng):
     text = str(sphere_rules(spectra.ORDINARY["outliers"], 2, rng))
-    for part in ("n = 300", "largest node", "smallest node", "trace", "±", "between", "2 probes"):
+    for part in ("n = 300", "largest node", "smallest node", "trace", "±", "between", "2 products"):
         assert part in text
 
 
@@ -290,3 +290,80 @@ def test_results_are_immutable(rng):
     with pytest.raises(AttributeError):
         density.trace().value = 0.0
     assert not jax.tree.leaves(density)[1:]
+
+
+# Errors kept apart ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "outliers", "three values", "eight of 300"])
+@pytest.mark.parametrize("deflation_steps", [0, 15])
+def test_combined_bounds_hold_each_error_and_the_truth(name, deflation_steps, key, dtype):
+    values = np.sort(spectra.ALL[name])
+    operator = hd.Matrix.from_eigenvalues(values.astype(dtype), key)
+    density = hd.spectral_density(operator, key, num_steps=8, deflation_steps=deflation_steps, progress=False)
+    x = np.linspace(values[0] - 1.003, values[-1] + 1.017, 41)
+    bounds = density.cdf_bounds(x)
+    for inner in (bounds.quadrature, bounds.probes):
+        assert (bounds.lower <= np.asarray(inner[0]) + 1e-9).all()
+        assert (np.asarray(inner[1]) <= bounds.upper + 1e-9).all()
+    truth = np.searchsorted(values, x, side="right") / values.size
+    assert (bounds.lower <= truth + 1e-9).all()
+    assert (truth <= bounds.upper + 1e-9).all()
+    coupled = any(rule.coupling for rule in density.rules)
+    np.testing.assert_allclose(bounds.coupling > 0, coupled)
+    assert bounds.coupling.max() <= 1 / values.size
+    np.testing.assert_array_equal(bounds.value, density.cdf(x).value)
+    np.testing.assert_array_equal(bounds.probes[0], density.cdf(x).lower)
+
+
+def test_an_enclosure_says_that_nothing_lies_outside_of_it(key):
+    values = np.linspace(-1, 1, 300)
+    density = hd.spectral_density(
+        hd.Matrix.from_eigenvalues(values.astype(np.float32), key), key, num_steps=6, deflation_steps=0, progress=False
+    )
+    outside = np.array([-1.2, 1.2])
+    without, given = density.cdf_bounds(outside), density.cdf_bounds(outside, (-1.1, 1.1))
+    assert without.upper[0] > 0
+    assert without.lower[1] < 1
+    np.testing.assert_allclose([given.lower, given.upper], [[0, 1], [0, 1]])
+    for enclosure in ((0.0, 1.1), (1.0, -1.0)):
+        with pytest.raises(ValueError, match="expected \\(low, high\\) that holds the whole spectrum"):
+            density.cdf_bounds(0.0, enclosure)
+
+
+def test_the_measure_of_a_given_vector_has_no_randomness_and_no_trace(rng):
+    values = spectra.ORDINARY["outliers"]
+    (rule,) = sphere_rules(values, 1, rng).rules
+    density = hd.SpectralDensity((rule,), values.size, 1, given=True)
+    for estimate in (density.cdf(0.1), density.moment(2), density.pdf(0.1)):
+        assert estimate.standard_error == 0
+        assert estimate.lower == pytest.approx(estimate.value)
+        assert estimate.upper == pytest.approx(estimate.value)
+    assert density.mass(3, 20).value == pytest.approx(rule.weights[rule.nodes > 3].sum())
+    for name in ("trace", "frobenius_norm"):
+        with pytest.raises(ValueError, match=r"moment\(1\) is that vector's Rayleigh quotient"):
+            getattr(density, name)()
+    assert "Rayleigh quotient" in str(density)
+    assert "trace" not in str(density)
+
+
+def test_rules_that_differ_in_what_they_deflate_are_weighed_by_what_they_leave(rng):
+    values = np.concatenate([[100.0, 50.0], rng.standard_normal(98)])
+    covered = 0
+    for _ in range(300):
+        rules = (*sphere_rules(values, 1, rng, against=2).rules, *sphere_rules(values, 1, rng, against=1).rules)
+        estimate = hd.SpectralDensity(rules, 100, 2).expectation(np.tanh)
+        covered += abs(estimate.value - np.tanh(values).mean()) <= 2 * estimate.standard_error
+    assert abs(covered / 300 - 0.954) < 5 * np.sqrt(0.954 * 0.046 / 300)
+
+
+def test_a_density_of_the_first_version_of_the_format_is_read(tmp_path, rng):
+    density = sphere_rules(spectra.ORDINARY["linear"], 2, rng)
+    density.save(tmp_path / "new.npz")
+    saved = dict(np.load(tmp_path / "new.npz")) | {"version": 1}
+    del saved["coupling"], saved["given"]
+    np.savez(tmp_path / "old.npz", **saved)
+    old = hd.SpectralDensity.load(tmp_path / "old.npz")
+    np.testing.assert_array_equal(old.nodes, density.nodes)
+    assert not old.given
+    assert old.rules[0].coupling == 0

@@ -37,7 +37,7 @@ def test_weights_are_a_probability_and_nodes_stay_in_the_spectrum(name, key, dty
 def test_a_spectrum_of_few_values_is_found_value_by_value_with_the_probes_own_masses(name, key, dtype):
     values = spectra.BREAKDOWN[name]
     operator = operator_of(name, key, dtype)
-    density = hd.spectral_density(operator, key, num_steps=40, num_probes=2, progress=False)
+    density = hd.spectral_density(operator, key, num_steps=40, num_probes=2, deflation_steps=0, progress=False)
     probes = np.asarray(slq._trees.random_block(key, 0, 2, operator.like), float)
     exact, vectors = np.linalg.eigh(hd.dense(operator))
     slack = 1e-5 * (np.abs(values).max() or 1)
@@ -63,7 +63,7 @@ def test_the_estimate_is_within_its_error_bars(name, key, dtype):
 
 def test_the_first_moments_of_a_probe_are_those_of_its_products(key, dtype):
     operator = operator_of("outliers", key, dtype)
-    density = hd.spectral_density(operator, key, num_steps=7, num_probes=2, progress=False)
+    density = hd.spectral_density(operator, key, num_steps=7, num_probes=2, deflation_steps=0, progress=False)
     probes = slq._trees.random_block(key, 0, 2, operator.like)
     rows, matrix = np.asarray(probes, float), hd.dense(operator)
     for rule, v in zip(density.rules, rows, strict=True):
@@ -74,8 +74,8 @@ def test_the_first_moments_of_a_probe_are_those_of_its_products(key, dtype):
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 def test_multiplying_the_operator_scales_the_answer(factor, key, dtype):
-    plain = density_of("outliers", key, dtype, num_steps=30)
-    scaled = density_of("outliers", key, dtype, factor, num_steps=30)
+    plain = density_of("outliers", key, dtype, num_steps=30, deflation_steps=20)
+    scaled = density_of("outliers", key, dtype, factor, num_steps=30, deflation_steps=20)
     np.testing.assert_allclose(scaled.nodes / factor, plain.nodes, atol=2e-4 * 10)
     assert scaled.trace().value == pytest.approx(factor * plain.trace().value, rel=1e-4)
     assert scaled.extremes().largest.value == pytest.approx(factor * plain.extremes().largest.value, rel=1e-5)
@@ -83,19 +83,19 @@ def test_multiplying_the_operator_scales_the_answer(factor, key, dtype):
 
 
 def test_probes_can_be_added_later_and_the_same_key_gives_the_same_answer(key):
-    four = density_of("linear", key, np.float32, num_steps=10, num_probes=4)
-    two = density_of("linear", key, np.float32, num_steps=10, num_probes=2)
-    again = density_of("linear", key, np.float32, num_steps=10, num_probes=4)
+    four = density_of("linear", key, np.float32, num_steps=10, num_probes=4, deflation_steps=5)
+    two = density_of("linear", key, np.float32, num_steps=10, num_probes=2, deflation_steps=5)
+    again = density_of("linear", key, np.float32, num_steps=10, num_probes=4, deflation_steps=5)
     np.testing.assert_array_equal(four.nodes, again.nodes)
-    np.testing.assert_allclose(four.nodes[:2], two.nodes, atol=1e-5)
-    other = density_of("linear", jax.random.fold_in(key, 1), np.float32, num_steps=10, num_probes=4)
+    np.testing.assert_allclose(four.nodes[:3], two.nodes, atol=1e-5)
+    other = density_of("linear", jax.random.fold_in(key, 1), np.float32, num_steps=10, num_probes=4, deflation_steps=5)
     assert np.abs(other.nodes - four.nodes).max() > 1e-3
 
 
 def test_scipys_extreme_eigenvalues_of_a_networks_hessian_are_the_extreme_nodes(key):
     loss, params, batch = mlp(np.float32)
     hessian = hd.Hessian(loss, params, hd.batches(batch, 30))
-    density = hd.spectral_density(hessian, key, num_steps=40, num_probes=1, progress=False)
+    density = hd.spectral_density(hessian, key, num_steps=40, num_probes=1, deflation_steps=0, progress=False)
     start = np.ones(55, np.float32)
     largest = scipy.sparse.linalg.eigsh(hd.to_scipy(hessian), 1, which="LA", return_eigenvectors=False, v0=start)[0]
     smallest = scipy.sparse.linalg.eigsh(hd.to_scipy(hessian), 1, which="SA", return_eigenvectors=False, v0=start)[0]
@@ -112,7 +112,7 @@ def test_the_reference_networks_spectrum_is_met(shared_data, key):
     distances = []
     for seed in range(4):
         probes = jax.random.key(seed)
-        density = hd.spectral_density(operator, probes, num_steps=90, num_probes=10, progress=False)
+        density = hd.spectral_density(operator, probes, num_steps=90, num_probes=10, deflation_steps=0, progress=False)
         distances.append(hd.distance(density, exact) / np.ptp(exact))
         assert abs(density.trace().value - exact.sum()) < 4 * density.trace().standard_error
         assert density.extremes().largest.value == pytest.approx(exact[-1], rel=1e-5)
@@ -142,12 +142,16 @@ def interrupt(_):
 
 def test_ctrl_c_returns_what_is_there_and_says_so(key, caplog):
     with caplog.at_level(logging.WARNING, logger="hessdensity"):
-        density = hd.spectral_density(Interrupted(7, interrupt), key, num_steps=20, num_probes=2, progress=False)
-    whole = hd.spectral_density(Interrupted(99, interrupt), key, num_steps=7, num_probes=2, progress=False)
+        density = hd.spectral_density(
+            Interrupted(7, interrupt), key, num_steps=20, num_probes=2, deflation_steps=0, progress=False
+        )
+    whole = hd.spectral_density(
+        Interrupted(99, interrupt), key, num_steps=7, num_probes=2, deflation_steps=0, progress=False
+    )
     np.testing.assert_array_equal(density.nodes, whole.nodes)
     assert density.num_matvecs == 14
-    assert "interrupted after 7 of 20 steps" in caplog.text
-    assert "interrupted after 7 of 20 steps" in str(density)
+    assert "interrupted after 14 products" in caplog.text
+    assert "interrupted after 14 products" in str(density)
     with pytest.raises(KeyboardInterrupt):
         hd.spectral_density(Interrupted(0, interrupt), key, progress=False)
 
@@ -156,7 +160,9 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
     with pytest.raises(
         lanczos.NonFiniteProduct, match="Lanczos step 4: the operator's product is not finite"
     ) as caught:
-        hd.spectral_density(Interrupted(4, lambda block: block * jnp.nan), key, num_probes=2, progress=False)
+        hd.spectral_density(
+            Interrupted(4, lambda block: block * jnp.nan), key, num_probes=2, deflation_steps=0, progress=False
+        )
     assert caught.value.partial.num_matvecs == 8
     assert caught.value.partial.nodes.shape == (2, 4)
     batches = [jnp.ones((2, 3)), jnp.ones((2, 3)) * 1e30]
@@ -167,20 +173,23 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
 
 
 def test_the_bar_counts_products_and_can_be_silenced(key, capsys):
-    density_of("linear", key, np.float32, num_steps=5, num_probes=3)
+    density_of("linear", key, np.float32, num_steps=5, num_probes=3, deflation_steps=4)
     assert capsys.readouterr() == ("", "")
-    hd.spectral_density(operator_of("linear", key, np.float32), key, num_steps=5, num_probes=3)
+    hd.spectral_density(operator_of("linear", key, np.float32), key, num_steps=5, num_probes=3, deflation_steps=4)
     out, err = capsys.readouterr()
     assert not out
-    assert "15/15" in err
+    assert "19/19" in err
     assert "HVP/s" in err
 
 
 def test_a_result_records_what_made_it(key):
     loss, params, batch = mlp(np.float32)
-    description = hd.spectral_density(hd.Hessian(loss, params, [batch]), key, num_steps=3, progress=False).description
+    hessian = hd.Hessian(loss, params, [batch])
+    description = hd.spectral_density(hessian, key, num_steps=3, deflation_steps=4, progress=False).description
     assert description["num_steps"] == 3
-    assert description["num_probes"] == 3
+    assert description["num_probes"] == 2
+    assert description["deflation_steps"] == 4
+    assert description["spent"] == {"deflation": 4, "probes": [[2, 3]]}
     assert description["stopped"] is None
     assert description["key"] == np.asarray(jax.random.key_data(key)).tolist()
     assert description["operator"]["num_examples"] == 64
@@ -192,6 +201,10 @@ def test_a_result_records_what_made_it(key):
     [
         ({"num_steps": 0}, ValueError, "num_steps=0, expected a whole number"),
         ({"num_probes": 0}, ValueError, "num_probes=0, expected a whole number"),
+        ({"deflation_steps": -1}, ValueError, "deflation_steps=-1, expected a whole number of at least 0"),
+        ({"tolerance": 2.0}, ValueError, "tolerance=2.0, expected a W1 distance over the spectrum's range"),
+        ({"max_matvecs": 10}, ValueError, "max_matvecs is given without tolerance="),
+        ({"keep_eigenspace": True, "deflation_steps": 0}, ValueError, "keep_eigenspace=True needs deflation"),
         ({"operator": np.eye(3)}, TypeError, "operator is a ndarray; expected hd.Hessian"),
         ({"key": 0}, TypeError, "key is a int; expected a JAX random key"),
         ({"operator": hd.FunctionOperator(abs, jnp.zeros((0, 3)))}, ValueError, "holds no entries"),
