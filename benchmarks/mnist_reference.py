@@ -20,7 +20,7 @@ probes:
       120    2.1e-04  0.008    1.5e-04  0.006    1.1e-04  0.004    8.1e-05  0.003
 
 180 products: 90 x 2 gives 1.53e-4 (+-7e-6) and 0.0060, 60 x 3 1.63e-4 and 0.0051, 45 x 4 1.58e-4 and 0.0088, 36 x 5
-1.39e-4 and 0.0166. W1 hardly tells them apart, L1 does: the defaults of spectral_density are 60 x 3.
+1.39e-4 and 0.0166. All of this is plain quadrature; what deflation makes of 180 products: benchmarks/deflation.py.
 """
 
 import statistics

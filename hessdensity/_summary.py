@@ -29,24 +29,25 @@ def in_words(density: SpectralDensity) -> str:
         if "loss" in operator
         else None,
         "error, W1 / range": f"about {error['total']:.1e}: quadrature {error['quadrature']:.1e}, "
-        f"probes {error['probes']:.1e}, deflation {error['coupling']:.1e}"
+        f"probes {error['probes']:.1e}, coupling {error['coupling']:.1e}"
         if error
         else None,
         "spent": _spent(density),
         "stopped": about.get("stopped"),
     }
     lines = [f"  {name:<17} {text}" for name, text in rows.items() if text]
-    title = f"Measure of a vector over the spectrum of a {kind}" if density.given else f"Spectral density of a {kind}"
+    of = f"of {'an' if kind == 'operator' else 'a'} {kind}"
+    title = f"Measure of a vector over the spectrum {of}" if density.given else f"Spectral density {of}"
     return "\n".join([f"{title}, n = {density.dimension:,}", *lines])
 
 
 def _outliers(density: SpectralDensity) -> str | None:
-    """The deflated eigenvalues that converged."""
+    """The eigenvalues that deflation has found."""
     values = sorted(density.outliers[:, 0], key=abs, reverse=True)
     if not values:
         return None
     shown = ", ".join(f"{value:.4g}" for value in values[:_SHOWN])
-    return f"{len(values)} eigenvalues converged: {shown}" + (", ..." if len(values) > _SHOWN else "")
+    return f"{len(values)} eigenvalues found: {shown}" + (", ..." if len(values) > _SHOWN else "")
 
 
 def _spent(density: SpectralDensity) -> str:
@@ -55,7 +56,9 @@ def _spent(density: SpectralDensity) -> str:
     spent = about.get("spent", {})
     if spent.get("deflation"):
         parts.append(f"{spent['deflation']} steps of deflation")
-    for count, num_steps in spent.get("probes", []):
+    groups = spent.get("probes", [])
+    for num_steps in sorted({num_steps for _, num_steps in groups}):
+        count = sum(group[0] for group in groups if group[1] == num_steps)
         parts.append(f"{count} probe{'s' * (count > 1)} of {num_steps} steps")
     seconds = f", {about['seconds']:.1f} s" if "seconds" in about else ""
     return f"{density.num_matvecs} products{seconds}" + (f": {', '.join(parts)}" if parts else "")

@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from .eigenspaces import Eigenspace
 
 
-CONVERGED = 1e-4
-"""Residual, over the operator's norm, of a Ritz pair that passes for an eigenpair."""
+CONVERGED = 1e-4  # residual, over the operator's norm, of a Ritz pair that passes for an eigenpair
 
 
 class Extremes(NamedTuple):
@@ -69,8 +68,8 @@ class SpectralDensity:
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty, expected at least one rule.")
-        if any(rule.num_deflated > self.dimension for rule in self.rules):
-            raise ValueError(f"a rule deflates more than the dimension={self.dimension} nodes there are.")
+        if max(rule.num_deflated for rule in self.rules) > self.dimension:
+            raise ValueError(f"rules: one deflates more nodes than the dimension={self.dimension}.")
 
     @property
     def nodes(self) -> np.ndarray:
@@ -266,13 +265,15 @@ class SpectralDensity:
 
     @property
     def outliers(self) -> np.ndarray:
-        """(count, 2) float64: deflated Ritz values that are converged, descending, each with its residual.
+        """(count, 2) float64: eigenvalues that deflation has found, descending, each with its residual.
 
-        Converged: a residual of at most 1e-4 of the largest node in size. They are eigenvalues, to within the residual.
+        Ritz values with a residual of at most 1e-4 of the largest node in size, the next one ten residuals away.
         """
         rule = max(self.rules, key=lambda rule: rule.num_deflated)
-        pairs = np.stack([rule.nodes, rule.residuals], axis=1)[: rule.num_deflated]
-        return pairs[pairs[:, 1] <= CONVERGED * max(map(abs, self.extent))][::-1]
+        nodes, residuals = rule.nodes[: rule.num_deflated], rule.residuals[: rule.num_deflated]
+        below, above = np.diff(nodes, prepend=-np.inf), np.diff(nodes, append=np.inf)
+        reach = np.minimum(np.minimum(below, above) / 10, CONVERGED * max(map(abs, self.extent)))
+        return np.stack([nodes, residuals], axis=1)[residuals <= reach][::-1]
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the density; returns the matplotlib Axes. ``options`` as for `hessdensity.plots.plot_density`."""

@@ -106,8 +106,10 @@ class Eigenspace:
     def __str__(self) -> str:
         about = self.description
         kind = about.get("operator", {}).get("kind", "operator")
+        article = "an" if kind == "operator" else "a"
         lines = [
-            f"Eigenspace of a {kind}, n = {self.dimension:,}: {self.converged.sum()} of {self.rank} pairs converged",
+            f"Eigenspace of {article} {kind}, n = {self.dimension:,}: "
+            f"{self.converged.sum()} of {self.rank} pairs converged",
             f"  {'':>4} {'eigenvalue':>13} {'residual':>10}",
         ]
         for i, (value, residual, converged) in enumerate(
@@ -221,7 +223,10 @@ def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTre
             )
     if not min(_count(u), _count(v)):
         raise ValueError(f"u holds {_count(u)} vectors and v {_count(v)}; expected at least one in each.")
-    u, v = (jax.tree.map(lambda x, y: jnp.asarray(x, np.result_type(x, y)), *pair) for pair in ((u, v), (v, u)))
+    u, v = (
+        jax.tree.map(lambda x, y: jnp.asarray(x, np.promote_types(x.dtype, y.dtype)), *pair)
+        for pair in ((u, v), (v, u))
+    )
     return u, v
 
 

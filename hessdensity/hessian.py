@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -81,17 +83,36 @@ class Hessian:
 
     def __matmul__(self, vectors: PyTree) -> PyTree:
         block, single = _trees.as_block(vectors, self.like)
+        product, _ = self.multiply_parts(block, 1)
+        return _trees.first_vector(product) if single else product
+
+    def multiply_parts(self, block: PyTree, num_parts: int) -> tuple[PyTree, list[int | float]]:
+        """Products with the Hessians of disjoint parts of the data, batch i belonging to part i modulo num_parts.
+
+        Args:
+          block: num_parts k vectors, those of a part together.
+          num_parts: J.
+
+        Returns:
+          The products, each the mean over its part's examples; the parts' numbers of examples.
+
+        Raises:
+          ValueError: fewer batches than parts; a part without examples.
+          RuntimeError: the data come in another order in every pass, so that there are no parts.
+
+        Cost: one pass over the data with k vectors.
+        """
         try:
-            product = self._multiply(block, self.mode)
+            return self._multiply(block, self.mode, num_parts)
         except TypeError as error:
             # Only JAX's own refusal: a TypeError may as well be the user's.
             if "forward-mode" not in str(error) or "custom_vjp" not in str(error):
                 raise
-            product = self._multiply(block, REVERSE_OVER_REVERSE)
-            self._check_symmetry(block, product, error)
+            product, counts = self._multiply(block, REVERSE_OVER_REVERSE, num_parts)
+            self._check_symmetry(block, product, error, num_parts)
             self.mode = REVERSE_OVER_REVERSE
             logger.warning("The model has a custom_vjp: products go reverse over reverse, exact but slower.")
-        return _trees.first_vector(product) if single else product
+            return product, counts
 
     def restrict(self, where: Where) -> Hessian:
         """The Hessian of fewer leaves, those of this one that match ``where``; the others join the held ones."""
@@ -120,24 +141,57 @@ class Hessian:
             **self._passes.describe(),
         }
 
-    def _multiply(self, block: PyTree, mode: str) -> PyTree:
-        groups = _trees.split(block, _GROUP)
+    def _multiply(self, block: PyTree, mode: str, num_parts: int = 1) -> tuple[PyTree, list[int | float]]:
+        size = jax.tree.leaves(block)[0].shape[0] // num_parts
+        parts = [_trees.split(part, _GROUP) for part in _trees.split(block, size)]
+        turns = itertools.cycle(range(num_parts))
 
-        def step(totals: list[PyTree], batch: PyTree) -> tuple[list[PyTree], Report]:
-            self._check(batch)
-            results = [
-                _add_products(self.loss, self.params, group, total, batch, mode=mode)
-                for group, total in zip(groups, totals, strict=True)
-            ]
-            reports = [report for _, report in results]
-            finite = functools.reduce(jnp.logical_and, [report.finite for report in reports])
-            return [total for total, _ in results], reports[0]._replace(finite=finite)
+        def step(totals: list[list[PyTree]], batch: PyTree) -> tuple[list[list[PyTree]], Report]:
+            turn = next(turns)
+            totals[turn], report = self._add(parts[turn], totals[turn], batch, mode)
+            return totals, report
 
+        self._refuse_shuffled(num_parts)
+        zeros = [[jax.tree.map(jnp.zeros_like, group) for group in groups] for groups in parts]
+        totals, reports = self._pass(step, zeros, partial(self._spread, parts[0][0], mode))
+        self._refuse_shuffled(num_parts)
+        counts = [sum(report.count.item() for report in reports[turn::num_parts]) for turn in range(num_parts)]
+        if not all(count > 0 for count in counts):
+            raise ValueError(
+                f"num_parts={num_parts}, but the {len(reports)} batches give the parts {counts} examples; expected "
+                "some in each. Take fewer parts, or cut the data into smaller batches: hd.batches(arrays, batch_size)."
+            )
+        means = [
+            jax.tree.map(lambda leaf, count=count: leaf / jnp.asarray(count, leaf.dtype), _trees.join(total))
+            for total, count in zip(totals, counts, strict=True)
+        ]
+        return _trees.join(means), counts
+
+    def _pass(
+        self, step: Callable[[Any, PyTree], tuple[Any, Report]], total: Any, rerun: Callable[[], float]
+    ) -> tuple[Any, list[Report]]:
+        """One pass over the data, checked against the first: the last total, and the reports."""
         with jax.default_matmul_precision(self.precision):
-            totals, reports = self._passes.accumulate(step, [jax.tree.map(jnp.zeros_like, group) for group in groups])
-            examples = total_count(reports, "a Hessian-vector product")
-            self._passes.record(reports, partial(self._spread, groups[0], mode))
-        return jax.tree.map(lambda leaf: leaf / jnp.asarray(examples, leaf.dtype), _trees.join(totals))
+            total, reports = self._passes.accumulate(step, total)
+            total_count(reports, "a Hessian-vector product")
+            self._passes.record(reports, rerun)
+        return total, reports
+
+    def _add(self, groups: list[PyTree], totals: list[PyTree], batch: PyTree, mode: str) -> tuple[list[PyTree], Report]:
+        """The totals with one batch's products."""
+        self._check(batch)
+        pairs = zip(groups, totals, strict=True)
+        results = [_add_products(self.loss, self.params, group, total, batch, mode=mode) for group, total in pairs]
+        reports = [report for _, report in results]
+        finite = functools.reduce(jnp.logical_and, [report.finite for report in reports])
+        return [total for total, _ in results], reports[0]._replace(finite=finite)
+
+    def _refuse_shuffled(self, num_parts: int) -> None:
+        if num_parts > 1 and self._passes.shuffled:
+            raise RuntimeError(
+                "data: the batches come in another order in every pass, so that a part of them would not be the same "
+                "examples twice. Pass shuffle=False to the loader, or give it a list of the batches."
+            )
 
     def _check(self, batch: PyTree) -> None:
         """Refuse a batch or a loss that makes no mean, once for every shape of batch, before anything is compiled."""
@@ -153,12 +207,12 @@ class Hessian:
         first, second = (_add_products(self.loss, self.params, group, total, batch, mode=mode)[1] for total in totals)
         return abs(first.total.item() - second.total.item()) / (first.count.item() or 1)
 
-    def _check_symmetry(self, block: PyTree, product: PyTree, cause: TypeError) -> None:
+    def _check_symmetry(self, block: PyTree, product: PyTree, cause: TypeError, num_parts: int) -> None:
         """v.H(Hv) = Hv.Hv, a test of symmetry that needs no random vectors.
 
         A custom_vjp rule need not be the derivative of anything (clipped gradients): nothing here is then a Hessian.
         """
-        again = self._multiply(product, REVERSE_OVER_REVERSE)
+        again, _ = self._multiply(product, REVERSE_OVER_REVERSE, num_parts)
         left, right = np.asarray(_trees.inner(block, again)), np.asarray(_trees.inner(product, product))
         size = np.asarray(_trees.norm(block) * _trees.norm(again)) + right
         if np.any(np.abs(left - right) > 0.05 * size):

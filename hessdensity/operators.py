@@ -181,6 +181,29 @@ class Restricted:
         return {**describe(self._restricted or self._whole), "restricted_to": _trees.paths(self.like)}
 
 
+def check(operator: Operator, key: jax.Array | None = None) -> int:
+    """The dimension n of an operator's vectors.
+
+    Raises:
+      TypeError: it is no operator, or its vectors are not float32 or float64, or the key is none.
+      ValueError: its vectors hold no entries.
+    """
+    if not hasattr(operator, "like") or not hasattr(operator, "__matmul__"):
+        raise TypeError(
+            f"operator is a {type(operator).__name__}; expected hd.Hessian(loss, params, data), hd.Matrix(array), or "
+            "an object with `like` and `@`."
+        )
+    if key is not None and not isinstance(key, jax.Array):
+        raise TypeError(f"key is a {type(key).__name__}; expected a JAX random key, such as jax.random.key(0).")
+    for name, leaf in zip(_trees.paths(operator.like), jax.tree.leaves(operator.like), strict=True):
+        if np.dtype(leaf.dtype) not in (np.dtype("float32"), np.dtype("float64")):
+            raise TypeError(f"operator.like: leaf {name!r} is {leaf.dtype}; expected float32 or float64 vectors.")
+    n = _trees.size(operator.like)
+    if not n:
+        raise ValueError("operator.like holds no entries; expected vectors of at least one dimension.")
+    return n
+
+
 def describe(operator: Operator) -> dict[str, Any]:
     """The operator's own description, or the name of its class."""
     own = getattr(operator, "describe", None)

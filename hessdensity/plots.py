@@ -59,8 +59,10 @@ def plot_density(
         ax.fill_between(x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0)
     found = density.outliers[:, 0] if outliers else np.zeros(0)
     if found.size:
-        (marks,) = ax.plot(found, np.ones(found.size), "v", color=line.get_color(), markersize=4, clip_on=False)
-        marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues converged")
+        (marks,) = ax.plot(
+            found, np.ones(found.size), "v", color=line.get_color(), markersize=4, alpha=0.6, clip_on=False
+        )
+        marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues found")
     ax.set_yscale("log")
     low, high = floor, 2 * float(np.max(estimate))
     left, right = x[0], x[-1]
@@ -94,7 +96,13 @@ def plot_cumulative(
     if eigenvalues is not None:
         exact = np.sort(np.asarray(eigenvalues, float))
         ax.step(
-            exact, np.arange(1, exact.size + 1) / exact.size, where="post", color="0.6", linewidth=2.5, label="exact"
+            exact,
+            np.arange(1, exact.size + 1) / exact.size,
+            where="post",
+            color="0.6",
+            linewidth=2.5,
+            label="exact",
+            zorder=0.9,
         )
     estimate = density.cdf(x)
     (line,) = ax.step(x, estimate, where="post", label=label or "estimate", **{"linewidth": 1.2, **line_options})
@@ -133,7 +141,8 @@ def _plot_exact(ax: Axes, eigenvalues: np.ndarray, x: np.ndarray, width: float) 
     for part in np.array_split(eigenvalues, max(eigenvalues.size // 500, 1)):
         exact += np.exp(-0.5 * ((x[:, None] - part) / width) ** 2).sum(1)
     exact /= eigenvalues.size * width * np.sqrt(2 * np.pi)
-    ax.plot(x, exact, color="0.6", linewidth=3.5, label="exact, same bandwidth")
+    # Below the band, which would be hidden otherwise.
+    ax.plot(x, exact, color="0.6", linewidth=3.5, label="exact, same bandwidth", zorder=0.9)
     ticks = np.full(eigenvalues.shape, 0.02)
     ax.plot(
         eigenvalues, ticks, "|", color="0.35", markersize=6, transform=ax.get_xaxis_transform(), label="eigenvalues"

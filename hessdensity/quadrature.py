@@ -26,7 +26,7 @@ class Rule:
     num_deflated: int
     """How many of the first nodes are deflated Ritz values."""
     residuals: np.ndarray
-    """(length,) float64: an eigenvalue lies within this distance of the node."""
+    """(length,) float64: an eigenvalue lies within this distance of the node. Not below the rounding of the run."""
     coupling: float = 0.0
     """Norm of what the operator couples the deflated subspace with the rest by, in eigenvalue units: it is left out, an
     error of at most 1/n in the cumulative and of 2 coupling/n in W1. 0 where nothing is left out."""

@@ -51,12 +51,16 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class BoundedEstimate(Estimate):
-    """An estimated share of a spectrum whose errors are kept apart; ``lower`` and ``upper`` combine them all."""
+    """An estimated share of a spectrum whose errors are kept apart; ``lower`` and ``upper`` combine them all.
+
+    They do not add up: the probes' interval is taken around the two ends of the quadrature's, where it is another.
+    """
 
     quadrature: tuple[Any, Any]
     """(lower, upper): what these probes would have shown after infinitely many steps lies between, for certain."""
     coupling: Any
-    """How far deflation may have moved the share, at most, for certain: 1/n for each finite end of the interval."""
+    """How far deflation may have moved the share, at most, for certain: 1/n for each finite end of the interval, less
+    where some rules leave nothing out."""
     probes: tuple[Any, Any]
     """(lower, upper): 95 % bounds for the probes' randomness alone, around the value."""
 
@@ -91,7 +95,7 @@ def share_interval(low: np.ndarray, high: np.ndarray, freedom: float) -> tuple[n
         return (left + right) / 2
 
     # Sums of weights miss 1 by rounding, and of a share of 1 nothing is uncertain.
-    low, high = (np.clip(np.round(np.asarray(x, float), 12), 0, 1) for x in (low, high))
+    low, high = (np.clip(np.where(np.asarray(x) > 1 - 1e-12, 1.0, x), 0, 1) for x in (low, high))
     lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
     upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
     # A share so small that a chi-square of its few degrees is all but sure to fall below it bounds nothing from below.

@@ -13,7 +13,7 @@ import numpy as np
 from . import _basis, _trees, accuracy, deflation, lanczos
 from .density import CONVERGED, SpectralDensity
 from .eigenspaces import Eigenspace
-from .operators import Operator, describe
+from .operators import Operator, check, describe
 from .quadrature import Tridiagonal
 
 logger = logging.getLogger("hessdensity")
@@ -51,7 +51,8 @@ def spectral_density(
       deflation_steps: Lanczos steps m0 of the deflation, clipped to n; 0 for none. Its run counts as one more probe.
       tolerance: go on, with more steps or more probes where the error is, until the estimated W1 distance to the true
         spectrum, over the range of the nodes, is below it (`hessdensity.accuracy`); num_steps and num_probes are where
-        that begins. ``description`` says what was reached ("error") and what was spent where ("spent").
+        that begins. ``description`` says what was reached ("error") and what was spent where ("spent": the steps of
+        the deflation, and a pair (probes, steps) for each group of probes).
       max_matvecs: products at which a run for a tolerance gives up, and says so; by default ten times what it would
         cost without a tolerance.
       keep_eigenspace: hand out the deflated Ritz vectors as ``density.eigenspace``, those that converged marked. They
@@ -78,7 +79,8 @@ def spectral_density(
       >>> bool(abs(density.trace().value - 500) < 4 * density.trace().standard_error)
       True
     """
-    _check(operator, key, num_steps, num_probes, deflation_steps, tolerance, max_matvecs, keep_eigenspace)
+    check(operator, key)
+    _check(num_steps, num_probes, deflation_steps, tolerance, max_matvecs, keep_eigenspace)
     run = _Run(operator, key, num_steps, num_probes, deflation_steps, keep_eigenspace)
     with run.bar(progress):
         try:
@@ -167,7 +169,7 @@ class _Run:
                 cost = more * count
             why = f"max_matvecs={limit} allow no more" if self.num_matvecs + cost > limit else None
             if error.coupling >= tolerance:
-                why = f"{error.coupling:.2g} of it, from deflation, falls with no product"
+                why = f"{error.coupling:.2g} of it is deflation's coupling; begin with more deflation_steps, or 0"
             if why:
                 self.stop(f"the estimated error is {error.total:.2g}, tolerance={tolerance:g}: {why}")
                 return
@@ -229,7 +231,9 @@ class _Run:
         residuals = run.residuals(vectors)
         converged = residuals <= CONVERGED * np.abs(values).max()
         block = _basis.combine(state.basis, vectors.T[::-1], self._operator.like)
-        return Eigenspace(values[::-1], block, residuals[::-1], converged[::-1], run.diagonal.size)
+        spent = run.diagonal.size
+        about = {"operator": describe(self._operator), "stopped": self._stopped}
+        return Eigenspace(values[::-1], block, residuals[::-1], converged[::-1], spent, spent, about)
 
 
 def _tridiagonals(state: lanczos.LanczosState) -> list[Tridiagonal]:
@@ -238,8 +242,6 @@ def _tridiagonals(state: lanczos.LanczosState) -> list[Tridiagonal]:
 
 
 def _check(
-    operator: Operator,
-    key: jax.Array,
     num_steps: int,
     num_probes: int,
     deflation_steps: int,
@@ -247,11 +249,6 @@ def _check(
     max_matvecs: int | None,
     keep_eigenspace: bool,
 ) -> None:
-    if not hasattr(operator, "like") or not hasattr(operator, "__matmul__"):
-        raise TypeError(
-            f"operator is a {type(operator).__name__}; expected hd.Hessian(loss, params, data), hd.Matrix(array), or "
-            "an object with `like` and `@`."
-        )
     sizes = {"num_steps": (num_steps, 1), "num_probes": (num_probes, 1), "deflation_steps": (deflation_steps, 0)}
     if max_matvecs is not None:
         sizes["max_matvecs"] = (max_matvecs, 1)
@@ -264,10 +261,3 @@ def _check(
         raise ValueError("max_matvecs is given without tolerance=; the settings fix the number of products then.")
     if keep_eigenspace and not deflation_steps:
         raise ValueError("keep_eigenspace=True needs deflation: deflation_steps=0 finds no eigenspace.")
-    if not isinstance(key, jax.Array):
-        raise TypeError(f"key is a {type(key).__name__}; expected a JAX random key, such as jax.random.key(0).")
-    for name, leaf in zip(_trees.paths(operator.like), jax.tree.leaves(operator.like), strict=True):
-        if np.dtype(leaf.dtype) not in (np.dtype("float32"), np.dtype("float64")):
-            raise TypeError(f"operator.like: leaf {name!r} is {leaf.dtype}; expected float32 or float64 vectors.")
-    if not _trees.size(operator.like):
-        raise ValueError("operator.like holds no entries; expected vectors of at least one dimension.")

@@ -26,3 +26,19 @@ BREAKDOWN = {
 }
 
 ALL = ORDINARY | BREAKDOWN
+
+
+def lanczos(values, masses, num_steps):
+    """(diagonal, off_diagonal), float64, of a measure with these atoms: Lanczos on a diagonal, fully orthogonalised."""
+    basis, diagonal, off = [np.sqrt(masses)], [], []
+    for _ in range(num_steps):
+        product = values * basis[-1]
+        diagonal.append(product @ basis[-1])
+        for _ in range(3):
+            for vector in basis:
+                product = product - (product @ vector) * vector
+        norm = np.linalg.norm(product)
+        norm = 0.0 if norm < 1e-12 * np.abs(values).max() else norm
+        off.append(norm)
+        basis.append(product / norm if norm else 0 * product)
+    return np.array(diagonal), np.array(off)

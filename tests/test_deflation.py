@@ -98,12 +98,12 @@ def test_outliers_are_the_converged_ritz_values_and_the_eigenspace_holds_their_v
     assert (density.outliers[:, 1] <= 1e-4 * 10).all()
     space = density.eigenspace
     assert space.rank == 25
-    np.testing.assert_allclose(space.values[space.converged], density.outliers[:, 0])
+    assert np.isin(density.outliers[:, 0], space.values[space.converged]).all()
     vectors = np.asarray(space.vectors, float)
     np.testing.assert_allclose(vectors @ vectors.T, np.eye(25), atol=200 * np.finfo(dtype).eps)
     residuals = np.linalg.norm(np.asarray(operator @ space.vectors, float) - space.values[:, None] * vectors, axis=1)
     np.testing.assert_allclose(space.residuals, residuals, atol=300 * np.finfo(dtype).eps * 10)
-    assert f"{outliers.size} eigenvalues converged: 10, 7, 4, -3, 2" in str(density)
+    assert f"{outliers.size} eigenvalues found: 10, 7, 4, -3, 2" in str(density)
 
 
 def test_the_eigenspace_of_a_network_is_a_tree_like_its_params(key):
@@ -119,24 +119,10 @@ def test_the_eigenspace_of_a_network_is_a_tree_like_its_params(key):
     assert hd.spectral_density(hessian, key, deflation_steps=30, progress=False).eigenspace is None
 
 
-def exact_run(values, masses, num_steps):
-    """The Tridiagonal of a diagonal matrix from a start with these squared components."""
-    basis, diagonal, off = [np.sqrt(masses / masses.sum())], [], []
-    for _ in range(num_steps):
-        product = values * basis[-1]
-        diagonal.append(product @ basis[-1])
-        for _ in range(3):
-            for vector in basis:
-                product = product - (product @ vector) * vector
-        off.append(np.linalg.norm(product))
-        basis.append(product / off[-1])
-    return Tridiagonal(np.array(diagonal), np.array(off))
-
-
 def test_isolated_nodes_are_reset_to_one_over_n_and_the_rest_keeps_its_proportions():
     rng = np.random.default_rng(0)
     values = np.concatenate([[100.0, 60.0, -50.0], rng.standard_normal(197)])
-    rule = gauss_rule(exact_run(values, rng.standard_normal(200) ** 2, 25))
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, rng.dirichlet(np.full(200, 0.5)), 25)))
     reset = deflation.isolate(rule, 200)
     assert reset.num_deflated == 3
     np.testing.assert_allclose(reset.nodes[:3], [-50, 60, 100])
@@ -144,7 +130,12 @@ def test_isolated_nodes_are_reset_to_one_over_n_and_the_rest_keeps_its_proportio
     assert reset.weights.sum() == pytest.approx(1)
     ratio = reset.weights[3:] / rule.weights[np.isin(rule.nodes, reset.nodes[3:])]
     np.testing.assert_allclose(ratio, ratio[0])
-    assert deflation.isolate(gauss_rule(exact_run(values[3:], np.ones(197), 10)), 197).num_deflated == 0
+    assert (
+        deflation.isolate(
+            gauss_rule(Tridiagonal(*spectra.lanczos(values[3:], np.full(197, 1 / 197), 10))), 197
+        ).num_deflated
+        == 0
+    )
 
 
 def test_an_eigenvalue_that_probes_find_again_is_multiple_and_keeps_its_weight(key):
@@ -246,7 +237,7 @@ def test_steps_added_later_are_the_steps_of_a_longer_run(key, dtype):
     ("settings", "said"),
     [
         ({"tolerance": 1e-6, "max_matvecs": 60}, "max_matvecs=60 allow no more"),
-        ({"tolerance": 1e-5, "deflation_steps": 3}, "from deflation, falls with no product"),
+        ({"tolerance": 1e-5, "deflation_steps": 3}, "deflation's coupling; begin with more deflation_steps"),
     ],
 )
 def test_a_tolerance_out_of_reach_ends_and_says_so(settings, said, key, caplog):

@@ -261,7 +261,7 @@ def test_arguments_that_cannot_be_are_refused():
         (lambda: density.expectation(lambda x: np.where(x > 1, np.nan, x)), "1 not finite"),
         (lambda: density.expectation(lambda x: 3.0), "one finite number a node"),
         (lambda: hd.SpectralDensity((), 3, 0), "rules is empty"),
-        (lambda: hd.SpectralDensity((hd.Rule(x, x, 1, x), hd.Rule(x, x, 2, x)), 1, 0), "deflates more than"),
+        (lambda: hd.SpectralDensity((hd.Rule(x, x, 1, x), hd.Rule(x, x, 2, x)), 1, 0), "deflates more nodes than"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

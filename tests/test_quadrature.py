@@ -7,22 +7,6 @@ import spectra
 from hessdensity.quadrature import Tridiagonal, cumulative, cumulative_bounds, gauss_rule
 
 
-def lanczos(values, masses, num_steps):
-    """(diagonal, off_diagonal), float64, of a measure with these atoms: Lanczos on a diagonal, fully orthogonalised."""
-    basis, diagonal, off = [np.sqrt(masses)], [], []
-    for _ in range(num_steps):
-        product = values * basis[-1]
-        diagonal.append(product @ basis[-1])
-        for _ in range(3):
-            for vector in basis:
-                product = product - (product @ vector) * vector
-        norm = np.linalg.norm(product)
-        norm = 0.0 if norm < 1e-12 * np.abs(values).max() else norm
-        off.append(norm)
-        basis.append(product / norm if norm else 0 * product)
-    return np.array(diagonal), np.array(off)
-
-
 def measure(name):
     values = np.unique(spectra.ALL[name].round(12))
     masses = np.random.default_rng(1).dirichlet(np.ones(values.size))
@@ -33,7 +17,7 @@ def measure(name):
 @pytest.mark.parametrize("name", spectra.ORDINARY)
 def test_an_m_node_rule_reproduces_moments_up_to_2m_minus_1_and_misses_moment_2m_by_the_betas(name, num_steps):
     values, masses = measure(name)
-    diagonal, off_diagonal = lanczos(values, masses, num_steps)
+    diagonal, off_diagonal = spectra.lanczos(values, masses, num_steps)
     rule = gauss_rule(Tridiagonal(diagonal, off_diagonal))
     scale = np.abs(values).max()
     for k in range(2 * num_steps):
@@ -45,7 +29,7 @@ def test_an_m_node_rule_reproduces_moments_up_to_2m_minus_1_and_misses_moment_2m
 
 @pytest.mark.parametrize("name", spectra.ALL)
 def test_weights_are_non_negative_and_sum_to_one(name):
-    rule = gauss_rule(Tridiagonal(*lanczos(*measure(name), 20)))
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(*measure(name), 20)))
     assert (rule.weights >= 0).all()
     assert rule.weights.sum() == pytest.approx(1, abs=1e-14)
     assert (np.diff(rule.nodes) > 0).all()
@@ -54,7 +38,7 @@ def test_weights_are_non_negative_and_sum_to_one(name):
 @pytest.mark.parametrize("name", spectra.BREAKDOWN)
 def test_an_exhausted_measure_is_found_exactly(name):
     values, masses = measure(name)
-    rule = gauss_rule(Tridiagonal(*lanczos(values, masses, 20)))
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, 20)))
     assert rule.nodes.size == values.size
     np.testing.assert_allclose(rule.nodes, values, atol=1e-12 * np.abs(values).max())
     np.testing.assert_allclose(rule.weights, masses, atol=1e-12)
@@ -64,7 +48,7 @@ def test_an_exhausted_measure_is_found_exactly(name):
 @pytest.mark.parametrize("name", spectra.ORDINARY)
 def test_an_eigenvalue_lies_within_the_residual_of_every_node(name):
     values, masses = measure(name)
-    rule = gauss_rule(Tridiagonal(*lanczos(values, masses, 15)))
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, 15)))
     distances = np.abs(rule.nodes[:, None] - values).min(1)
     assert (distances <= rule.residuals + 1e-12).all()
 
@@ -78,7 +62,7 @@ def test_residuals_are_not_taken_below_the_noise_of_the_products():
 @pytest.mark.parametrize("name", spectra.ORDINARY)
 def test_the_bounds_hold_the_cumulative_everywhere_and_from_the_left(name, num_steps):
     values, masses = measure(name)
-    rule = gauss_rule(Tridiagonal(*lanczos(values, masses, num_steps)))
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, num_steps)))
     x = np.concatenate([values, rule.nodes, np.linspace(values[0] - 1, values[-1] + 1, 500)])
     lower, upper = cumulative_bounds(rule.nodes, rule.weights, x)
     exact = cumulative(values, masses, x)

@@ -31,6 +31,14 @@ def cifar10(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), table["label"].to_numpy().astype(np.int32)
 
 
+def downsample(images: np.ndarray, size: int) -> np.ndarray:
+    """Square images (n, m, m, c) averaged over squares of m / size pixels: float32 (n, size, size, c)."""
+    count, side, *_, channels = images.shape
+    if side % size:
+        raise ValueError(f"size={size} does not divide the images' {side} pixels")
+    return images.reshape(count, size, side // size, size, side // size, channels).mean((2, 4), np.float32)
+
+
 def mnist(split: str) -> tuple[np.ndarray, np.ndarray]:
     """All images of "train" or "test" from the original files: uint8 (n, 28, 28), labels int32 (n,)."""
     prefix = {"train": "train", "test": "t10k"}[split]

@@ -1,39 +1,49 @@
-"""The CIFAR ResNet of He and others (2016), and a reader for weights trained in PyTorch.
+"""The CIFAR ResNet of He and others (2016), any part of it left out at will, and a reader for PyTorch's weights.
 
 Submodules bear PyTorch's names (`layer1.0.conv1` is `layer1_0/conv1`), so that reading weights is a renaming.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
 
 CHANNEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 CHANNEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
 # Padding 1 and not "SAME": at stride 2 "SAME" pads only the far side, and the trained filters would see shifted images.
-convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1, use_bias=False, kernel_init=nn.initializers.he_normal())
+convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1)
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut: (batch, h, w, c) -> (batch, h / stride, w / stride, channels)."""
+    """Two convolutions beside a shortcut: (batch, h, w, c) -> (batch, h / stride, w / stride, channels).
+
+    `branch_variance` scales the variance of the second convolution's first weights.
+    """
 
     channels: int
     stride: int
+    normalise: bool = True
+    shortcut: bool = True
+    branch_variance: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
-        norm = partial(nn.BatchNorm, use_running_average=use_running_average, momentum=0.9)
-        y = convolution(self.channels, strides=self.stride, name="conv1")(x)
+        norm = _norm(self.normalise, use_running_average)
+        conv = partial(convolution, self.channels, use_bias=not self.normalise)
+        y = conv(strides=self.stride, kernel_init=_he(1.0), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
-        y = convolution(self.channels, name="conv2")(y)
+        y = conv(kernel_init=_he(self.branch_variance), name="conv2")(y)
         y = norm(name="bn2")(y)
+        if not self.shortcut:
+            return nn.relu(y)
         # The shortcut without weights (option A of the paper): subsample, and fill the new channels with zeros.
         shortcut = x[:, :: self.stride, :: self.stride]
         added = self.channels - x.shape[-1]
@@ -42,30 +52,53 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of (depth - 2) / 6 blocks with 16, 32 and 64 channels: (batch, 32, 32, 3) -> (batch, num_classes).
+    """Three stages of (depth - 2) / 6 blocks with 1, 2 and 4 times `width` channels: images -> (batch, num_classes).
 
     `use_running_average` normalises by the stored statistics (collection `batch_stats`): each example's loss is
     then its own. Otherwise by the batch's, and the mean over batches is no mean over examples.
+
+    Without normalisation the convolutions have biases, and every residual branch starts with 1 / (number of blocks) of
+    its variance: the sum of the branches then starts as large as the input, however deep the network is.
     """
 
     depth: int = 20
     num_classes: int = 10
+    width: int = 16
+    normalise: bool = True
+    shortcuts: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, use_running_average: bool = True) -> jax.Array:
         if self.depth < 8 or (self.depth - 2) % 6:
             raise ValueError(f"depth={self.depth}: a CIFAR ResNet has 6 n + 2 layers (8, 14, 20, 26, 32, ...)")
-        x = convolution(16, name="conv1")(x)
-        x = nn.relu(nn.BatchNorm(use_running_average, momentum=0.9, name="bn1")(x))
-        for stage, channels in enumerate((16, 32, 64), start=1):
-            for index in range((self.depth - 2) // 6):
+        blocks = (self.depth - 2) // 6
+        x = convolution(self.width, use_bias=not self.normalise, kernel_init=_he(1.0), name="conv1")(x)
+        x = nn.relu(_norm(self.normalise, use_running_average)(name="bn1")(x))
+        branch_variance = 1 / (3 * blocks) if self.shortcuts and not self.normalise else 1.0
+        for stage in (1, 2, 3):
+            for index in range(blocks):
                 stride = 2 if stage > 1 and index == 0 else 1
-                x = Block(channels, stride, name=f"layer{stage}_{index}")(x, use_running_average)
+                channels = self.width * 2 ** (stage - 1)
+                made = (channels, stride, self.normalise, self.shortcuts, branch_variance)
+                x = Block(*made, name=f"layer{stage}_{index}")(x, use_running_average)
         return nn.Dense(self.num_classes, name="linear")(x.mean(axis=(1, 2)))
+
+
+def _he(variance: float) -> Callable:
+    return nn.initializers.variance_scaling(2 * variance, "fan_in", "truncated_normal")
+
+
+def _norm(normalise: bool, use_running_average: bool) -> Callable[..., Any]:
+    """Makes normalisation layers, or what stands in their place."""
+    if not normalise:
+        return lambda name: lambda x: x
+    return partial(nn.BatchNorm, use_running_average=use_running_average, momentum=0.9)
 
 
 def load_weights(path: str | PathLike) -> dict:
     """Trained variables {"params": ..., "batch_stats": ...} from a safetensors file in PyTorch's names and layouts."""
+    from safetensors.numpy import load_file
+
     flat = {}
     for name, array in load_file(path).items():
         *modules, kind = re.sub(r"(layer\d)\.(\d+)", r"\1_\2", name).split(".")
@@ -87,5 +120,5 @@ def load_weights(path: str | PathLike) -> dict:
 
 
 def normalise(images: np.ndarray) -> jax.Array:
-    """Images (..., 3) in uint8 as the float32 inputs the trained weights expect."""
+    """Images (..., 3) of 0 to 255 as the float32 inputs the trained weights expect."""
     return (jnp.asarray(images, jnp.float32) / 255 - CHANNEL_MEAN) / CHANNEL_STD

@@ -1,0 +1,230 @@
+"""Does BatchNorm remove the Hessian's outliers, and the gradient from their eigenspace? Is it the batch's statistics?
+
+    python -m benchmarks.batchnorm_gradient               # ResNet-8 of width 8 on 4,096 images of 16 x 16 pixels
+    python -m benchmarks.batchnorm_gradient --size paper  # ResNet-32 on CIFAR-10, 100,000 steps: for a GPU
+
+The question of Ghorbani, Krishnan and Xiao (2019). One ResNet is trained on CIFAR-10 in three ways: without
+normalisation; with BatchNorm on the batch's statistics; with BatchNorm on those of the whole training set, which are
+constants for the gradient. As there, the loss is the mean cross-entropy + 2e-4 x half the squared kernels, for training
+and for the Hessian, whose batches of 128 are fixed: with batch statistics it is that of the mean over these batches. At
+every checkpoint: the density, zeta = lambda_1 / lambda_10 of the largest eigenvalues, and the gradient's concentration,
+the share of its squared norm in their eigenspace. A fourth row, "seen otherwise", is the network trained with the
+batch's statistics under those of the whole set: the same parameters, another Hessian.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import hessdensity as hd
+from benchmarks._harness import save
+from benchmarks.models import training
+from benchmarks.models.data import cifar10, downsample
+from benchmarks.models.resnet import ResNet, normalise
+from hessdensity import adapters, losses
+from hessdensity.plots import plot_density
+
+RANK = 10  # the number of classes
+BATCH_SIZE = 128
+WEIGHT_DECAY = 2e-4
+TOLERANCE = 1e-3  # of a residual, over the largest eigenvalue
+NONE, BATCH, POPULATION, SEEN = "none", "batch", "population", "batch, seen otherwise"
+
+
+class Size(NamedTuple):
+    """One experiment."""
+
+    depth: int
+    width: int
+    side: int  # pixels of an image
+    images: int
+    test_images: int
+    hessian_images: int  # the first of the images
+    num_steps: int
+    schedule: dict[int, float]  # the step at which the learning rate is multiplied, and by what
+    refresh_every: int  # steps between two looks at the whole set's statistics
+    checkpoints: tuple[int, ...]
+    augment: bool
+    learning_rate: float = 0.1
+    deflation_steps: int = 60
+    lanczos_steps: int = 30
+
+
+SIZES = {
+    "trial": Size(8, 8, 8, 256, 100, 128, 8, {}, 1, (0, 4, 8), False, deflation_steps=20, lanczos_steps=5),
+    "small": Size(8, 8, 16, 4096, 2000, 1024, 1024, {768: 0.1}, 4, (0, 32, 128, 512, 1024), False),
+    # The whole set's statistics cost a pass over it, as much as many steps: they are a few steps old.
+    "paper": Size(
+        32, 16, 32, 50_000, 10_000, 50_000, 100_000, {40_000: 0.1, 60_000: 0.1, 80_000: 0.1}, 100,
+        (0, 500, 5_000, 30_000, 50_000, 100_000), True, deflation_steps=90, lanczos_steps=60,
+    ),
+}  # fmt: skip
+
+
+def objective(criterion: Any, params: Any, batch: Any) -> jax.Array:
+    """The loss that is trained: with the squared kernels."""
+    return criterion(params, batch) + WEIGHT_DECAY * training.half_squared_kernels(params)
+
+
+def problem(model: ResNet, variables: Any, statistics: str) -> tuple[Any, Any]:
+    """(loss, params) of a checkpoint as the variant's training sees it."""
+    options: dict[str, Any] = {}
+    if model.normalise:
+        stored = statistics == POPULATION
+        options = {"batch_statistics": "stored" if stored else "batch", "use_running_average": stored}
+    criterion, params = adapters.from_linen(model, variables, losses.cross_entropy, **options)
+    return jax.tree_util.Partial(objective, criterion), params
+
+
+def measure(model: ResNet, variables: Any, statistics: str, data: Any, size: Size) -> dict[str, Any]:
+    """The figures of one checkpoint, with its density."""
+    start, key = time.perf_counter(), jax.random.key(2)
+    loss, params = problem(model, variables, statistics)
+    hessian = hd.Hessian(loss, params, data)
+    density = hd.spectral_density(
+        hessian,
+        key,
+        num_steps=size.lanczos_steps,
+        num_probes=1,
+        deflation_steps=size.deflation_steps,
+        keep_eigenspace=True,
+        progress=False,
+    )
+    top, num_matvecs = density.eigenspace[:RANK], density.num_matvecs
+    accepted = TOLERANCE * np.abs(density.eigenspace.values).max()
+    if np.any(top.residuals > accepted):
+        # Early in training the ten largest are no outliers, and a single run does not find them all.
+        top = hd.top_eigenspace(hessian, key, RANK, which="LA", tolerance=TOLERANCE, start=top, progress=False)
+        num_matvecs += top.num_matvecs
+    gradient = hd.gradient(loss, params, data)
+    smallest, trace = density.extremes().smallest, density.trace()
+    return {
+        "loss": hessian.describe()["loss"],
+        "eigenvalues": top.values.tolist(),
+        "residuals": top.residuals.tolist(),
+        "converged": bool(np.all(top.residuals <= accepted)),
+        "zeta": float(top.values[0] / top.values[-1]),
+        "gradient_concentration": np.asarray(hd.gradient_concentration(gradient, top)).tolist(),
+        "smallest": [smallest.value, smallest.standard_error],
+        "trace": [trace.value, trace.standard_error],
+        "num_matvecs": num_matvecs,
+        "seconds": time.perf_counter() - start,
+        "density": density,
+    }
+
+
+def experiment(size: Size, variant: str) -> Iterator[dict[str, Any]]:
+    """Train one variant; the figures of every checkpoint."""
+    images, labels = cifar10("train", size.images)
+    arrays = np.asarray(normalise(downsample(images, size.side))), labels
+    test_images, test_labels = cifar10("test", size.test_images)
+    test = np.asarray(normalise(downsample(test_images, size.side))), test_labels
+    data = hd.batches(tuple(array[: size.hessian_images] for array in arrays), BATCH_SIZE)
+    model = ResNet(size.depth, width=size.width, normalise=variant != NONE)
+    run = training.train(
+        model,
+        model.init(jax.random.key(0), arrays[0][:1]),
+        arrays,
+        jax.random.key(1),
+        num_steps=size.num_steps,
+        schedule=optax.piecewise_constant_schedule(size.learning_rate, size.schedule),
+        batch_size=BATCH_SIZE,
+        weight_decay=WEIGHT_DECAY,
+        statistics="population" if variant == POPULATION else "batch",
+        refresh_every=size.refresh_every,
+        checkpoints=size.checkpoints,
+        augment=training.crop_and_flip if size.augment else None,
+    )
+    for step, variables in run:
+        if variant == BATCH:  # running averages lag behind the parameters
+            variables = training.population_statistics(model, variables, arrays[0])
+        about = {
+            "step": step,
+            "train_accuracy": training.accuracy(model, variables, arrays),
+            "test_accuracy": training.accuracy(model, variables, test),
+        }
+        yield {"variant": variant, **about, **measure(model, variables, variant, data, size)}
+        if variant == BATCH and step in size.checkpoints[-2:]:
+            yield {"variant": SEEN, **about, **measure(model, variables, POPULATION, data, size)}
+
+
+HEADER = (
+    f"{'':22}{'step':>7}{'loss':>8}{'train':>7}{'test':>7}{'lambda_1':>10}{'lambda_10':>10}{'smallest':>10}"
+    f"{'zeta':>8}{'concentration':>15}"
+)
+
+
+def row(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    return (
+        f"{record['variant']:22}{record['step']:>7,}{record['loss']:>8.3f}{record['train_accuracy']:>7.1%}"
+        f"{record['test_accuracy']:>7.1%}{record['eigenvalues'][0]:>10.3f}{record['eigenvalues'][-1]:>10.3f}"
+        f"{record['smallest'][0]:>10.3f}{record['zeta']:>8.2f}{record['gradient_concentration'][-1]:>15.3f}"
+        + ("" if record["converged"] else "  not converged")
+    )
+
+
+def draw(records: list[dict[str, Any]], size: Size) -> plt.Figure:
+    """The last two spectra of each variant, and what happens along training."""
+    variants = (NONE, POPULATION, BATCH, SEEN)
+    titles = {
+        NONE: "no normalisation",
+        POPULATION: "BatchNorm, the whole set's statistics",
+        BATCH: "BatchNorm, the batch's statistics",
+        SEEN: "trained with the batch's statistics,\nseen with the whole set's",
+    }
+    figure = plt.figure(figsize=(14, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 12)
+    for column, variant in enumerate(variants):
+        ax = figure.add_subplot(grid[0, 3 * column : 3 * column + 3])
+        before, last = [record for record in records if record["variant"] == variant][-2:]
+        for record, color in ((before, "0.7"), (last, f"C{column}")):
+            width = record["eigenvalues"][0] / 200
+            label = f"step {record['step']:,}"
+            plot_density(record["density"], ax, bandwidth=width, color=color, label=label, outliers=record is last)
+        ax.set_title(titles[variant], fontsize=10)
+        ax.legend(frameon=False, fontsize=7)
+    panels = {
+        "loss": lambda record: record["loss"],
+        "zeta = lambda_1 / lambda_10": lambda record: record["zeta"],
+        "gradient's share in the top 10 eigenvectors": lambda record: record["gradient_concentration"][-1],
+    }
+    for index, (name, value) in enumerate(panels.items()):
+        ax = figure.add_subplot(grid[1, 4 * index : 4 * index + 4])
+        for column, variant in enumerate(variants):
+            points = [(record["step"], value(record)) for record in records if record["variant"] == variant]
+            style = "--" if variant == SEEN else "-"
+            ax.plot(*zip(*points, strict=True), "o" + style, color=f"C{column}", label=variant)
+        ax.set_xscale("symlog", linthresh=min(step for step in size.checkpoints if step))
+        ax.set(xlabel="step", ylabel=name)
+        if "share" in name:
+            ax.set_ylim(0, 1)
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--size", choices=SIZES, default="small")
+    name = parser.parse_args().size
+    size, records = SIZES[name], []
+    print(HEADER, flush=True)
+    for variant in (NONE, BATCH, POPULATION):
+        for record in experiment(size, variant):
+            records.append(record)
+            print(row(record), flush=True)
+        # After every variant: an hour's work should survive the next one's failure.
+        kept = [{name: value for name, value in record.items() if name != "density"} for record in records]
+        path = save(f"batchnorm_gradient_{name}", {"size": size._asdict(), "checkpoints": kept})
+    draw(records, size).savefig(path.with_suffix(".png"), dpi=110)
+    print(f"saved in {path.name}, drawn in {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()
