@@ -136,7 +136,9 @@ def their_settings(hessian: hd.Hessian, exact: Exact) -> tuple[dict[str, Any], h
     """90 steps, 10 probes: what `RUNS` keys gave, and the run whose W1 is the (upper) median."""
     runs = []
     for key in range(RUNS):
-        density = hd.spectral_density(hessian, jax.random.key(key), num_steps=90, num_probes=10, deflation_steps=0, progress=False)
+        density = hd.spectral_density(
+            hessian, jax.random.key(key), num_steps=90, num_probes=10, deflation_steps=0, progress=False
+        )
         runs.append((*exact.errors(density, exact.smoothed(density)), density))
     runs.sort(key=lambda run: run[0])
     w1, l1, densities = zip(*runs, strict=True)

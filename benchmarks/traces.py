@@ -7,7 +7,35 @@ Hutch++ (Meyer, Musco, Musco and Woodruff 2021), `hessdensity.trace` (XTrace, an
 negative) and the trace of `hessdensity.spectral_density`, half of whose products deflate. Three spectra: the trained
 784-20-10 network with all 15,910 eigenvalues known, 20 outliers over a light power-law bulk, and 1/i.
 
-Answer:
+Answer (2026-11-21), in float32: XTrace, 1.7 to 7,000 times as exact as random vectors alone, and 1.7 to 9 times as
+exact as the density's trace, which has shown the spectrum for its products. Hutch++ is behind it in 12 cells of 15, by
+factors up to 57; ahead at 60 products of the hyperbolic spectrum, by 1.4, and of the trained network from 180 on, by
+1.1 and 1.5 (20 keys leave a ratio uncertain by a fifth). XNysTrace is worth its condition where the products just
+suffice for the outliers (30 for 20 of them); beyond, the shift that float32 asks for shows. XTrace's intervals held the
+truth in 299 of 300 runs, XNysTrace's in 195 of 200.
+
+    trained network: n = 15,910, trace 89.174742; rms of 20 keys, and how often bars held
+              products            30            60           120           180           360
+     Girard-Hutchinson  3.9e-02       2.3e-02       1.6e-02       1.1e-02       1.3e-02
+               Hutch++  2.7e-02       1.3e-02       7.5e-03       3.7e-03       1.6e-03
+                XTrace  2.3e-02 (20)  1.0e-02 (20)  6.6e-03 (20)  4.1e-03 (20)  2.4e-03 (20)
+      spectral density  3.9e-02 (20)  2.9e-02 (20)  2.1e-02 (20)  2.0e-02 (19)  1.0e-02 (19)
+
+    outliers: n = 8,000, trace 65.804358; rms of 20 keys, and how often bars held
+              products            30            60           120           180           360
+     Girard-Hutchinson  7.8e-02       4.8e-02       3.1e-02       2.3e-02       1.6e-02
+               Hutch++  4.6e-02       3.9e-04       8.0e-06       6.7e-06       5.2e-06
+                XTrace  2.7e-02 (20)  6.9e-06 (19)  4.8e-06 (20)  3.2e-06 (20)  2.4e-06 (20)
+             XNysTrace  1.1e-03 (20)  8.7e-05 (20)  2.7e-05 (20)  1.2e-05 (20)  4.3e-06 (18)
+      spectral density  6.7e-02 (19)  3.2e-05 (18)  2.8e-05 (19)  2.4e-05 (19)  2.2e-05 (20)
+
+    hyperbolic: n = 8,000, trace 9.564475; rms of 20 keys, and how often bars held
+              products            30            60           120           180           360
+     Girard-Hutchinson  3.5e-02       2.2e-02       1.6e-02       1.2e-02       8.2e-03
+               Hutch++  2.0e-02       5.8e-03       4.6e-03       3.0e-03       1.6e-03
+                XTrace  1.5e-02 (20)  7.9e-03 (20)  3.8e-03 (20)  1.9e-03 (20)  1.1e-03 (20)
+             XNysTrace  1.4e-02 (20)  7.4e-03 (19)  4.1e-03 (19)  2.3e-03 (19)  1.2e-03 (20)
+      spectral density  3.3e-02 (19)  2.2e-02 (19)  1.6e-02 (18)  1.1e-02 (18)  6.6e-03 (20)
 """
 
 from collections.abc import Callable
@@ -92,8 +120,10 @@ def draw(result: dict[str, dict[str, list[dict[str, Any]]]]) -> plt.Figure:
     """Error against products, a panel for each spectrum."""
     figure, axes = plt.subplots(1, len(result), figsize=(13, 4), layout="constrained")
     for ax, (name, methods) in zip(axes, result.items(), strict=True):
-        for method, cells in methods.items():
-            ax.loglog([c["products"] for c in cells], [c["rms"] for c in cells], "o-", markersize=4, label=method)
+        for number, method in enumerate(METHODS):
+            if cells := methods.get(method):
+                products, errors = zip(*((c["products"], c["rms"]) for c in cells), strict=True)
+                ax.loglog(products, errors, "o-", color=f"C{number}", markersize=4, label=method)
         ax.set_title(name)
         ax.set_xlabel("products")
         ax.set_xticks(PRODUCTS, [str(products) for products in PRODUCTS])

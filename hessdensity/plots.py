@@ -59,9 +59,7 @@ def plot_density(
         ax.fill_between(x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0)
     found = density.outliers[:, 0] if outliers else np.zeros(0)
     if found.size:
-        (marks,) = ax.plot(
-            found, np.ones(found.size), "v", color=line.get_color(), markersize=4, alpha=0.6, clip_on=False
-        )
+        (marks,) = ax.plot(found, np.full(found.size, 0.98), "v", color=line.get_color(), markersize=4, alpha=0.6)
         marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues found")
     ax.set_yscale("log")
     low, high = floor, 2 * float(np.max(estimate))

@@ -67,8 +67,7 @@ def trace(
     Cost: num_matvecs products, in num_matvecs / block_size passes over the data, and O(n num_matvecs^2) operations.
     Memory: num_matvecs / 2 + 3 block_size vectors; if ``semidefinite``, 2 num_matvecs + 2 block_size.
 
-    Source: Epperly, Tropp and Webber (2024), with the normalisation of their section 2.3 (all of it: test vectors and
-    what is left of them); the jackknife is ours.
+    Source: Epperly, Tropp and Webber (2024), with what is left of the test vectors normalised; the jackknife is ours.
 
     Example:
       >>> import hessdensity as hd

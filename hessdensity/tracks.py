@@ -237,6 +237,8 @@ class Track:
           ValueError: the file is not a saved track, or one of a newer version of the format.
         """
         columns, densities, about = _track_archive.read(path)
+        if missing := set(_COLUMNS) - set(columns):
+            raise ValueError(f"path={str(path)!r} is a damaged track: {sorted(missing)} are missing. Save it again.")
         rows = []
         for i, contents in enumerate(densities):
             row: dict[str, Any] = {name: column[i] for name, column in columns.items()}

@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "eigenspaces",
     },
     "gradient_noise": {"_trees", "_projection", "_selection", "data", "hessian", "losses", "eigenspaces"},
-    "_track_archive": {"_archive", "quadrature"},
+    "_track_archive": {"_archive"},
     "tracks": {"_archive", "_track_archive", "density", "eigenspaces"},
     "tracking": {
         "_projection",
@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "comparison": {"density"},
     "adapters": {"losses"},
     "plots": {"density"},
-    "track_plots": {"plots", "tracks"},
+    "track_plots": {"density", "plots", "tracks"},
     "demo": {"adapters", "losses", "data", "density", "comparison"},
     "cli": {"", "demo", "plots"},
     "__init__": {

@@ -1,0 +1,65 @@
+"""Do 120 and 180 products meet their targets on a trained network's own Hessian?
+
+    python -m benchmarks.deflated_reference
+
+As benchmarks/deflation.py, not on a matrix with the network's spectrum but on its Hessian: 784-20-10, 2,000 MNIST
+images, 15,910 eigenvalues known. Targets, means over 20 keys: W1/range <= 6e-5 with 120 products, <= 5e-5 with 180
+(plain quadrature needs 900 for 6.2e-5); trace within 3.5 % rms with 180.
+
+Answer (2026-11-21): 180 products, W1/range mean 3.52e-5, worst 6.1e-5, trace 2.14 % rms; 120 products, 4.06e-5, 6.3e-5
+and 2.62 %. The estimated error, 4.1e-5 and 5.3e-5 on average, was above the truth in 18 runs of 20 each; the trace's
+interval held it in 19. 40 to 45 eigenvalues were found.
+"""
+
+import jax
+import numpy as np
+
+import hessdensity as hd
+from benchmarks._harness import save
+from benchmarks.mnist_reference import Exact, draw, problem
+
+KEYS = 20
+SETTINGS = {
+    "the default, 90 then 45 x 2": {},
+    "80 then 40 x 1": {"deflation_steps": 80, "num_steps": 40, "num_probes": 1},
+}
+
+
+def main() -> None:
+    hessian, eigenvalues = problem()
+    exact, results = Exact(eigenvalues), {}
+    true_trace = float(eigenvalues.sum())
+    for name, settings in SETTINGS.items():
+        densities = [
+            hd.spectral_density(hessian, jax.random.key(key), progress=False, **settings) for key in range(KEYS)
+        ]
+        w1, l1 = zip(*(exact.errors(density, exact.smoothed(density)) for density in densities), strict=True)
+        traces = [density.trace() for density in densities]
+        result = {
+            "num_matvecs": densities[0].num_matvecs,
+            "w1": w1,
+            "l1": l1,
+            "estimated_error": [density.description["error"]["total"] for density in densities],
+            "trace": [trace.value for trace in traces],
+            "exact_trace": true_trace,
+            "trace_held": sum(trace.lower <= true_trace <= trace.upper for trace in traces),
+            "outliers": [len(density.outliers) for density in densities],
+        }
+        results[name] = result
+        rms = np.sqrt(np.mean([(trace.value / true_trace - 1) ** 2 for trace in traces]))
+        above = sum(e >= w for e, w in zip(result["estimated_error"], w1, strict=True))
+        print(f"{name}: {result['num_matvecs']} products, {KEYS} keys")
+        print(f"  W1/range mean {np.mean(w1):.2e}, worst {max(w1):.1e}")
+        print(f"  estimated {np.mean(result['estimated_error']):.1e} on average; above the truth in {above} runs")
+        print(f"  L1 mean {np.mean(l1):.4f}, worst {max(l1):.4f}")
+        print(f"  trace rms {rms:.2%}; its interval held the exact one {result['trace_held']} times")
+        print(f"  eigenvalues found: {min(result['outliers'])} to {max(result['outliers'])}", flush=True)
+        if not settings:
+            median = densities[int(np.argsort(w1)[KEYS // 2])]
+    path = save("deflated_reference", results)
+    draw(median, exact).savefig(path.with_suffix(".png"), dpi=120)
+    print(f"saved in {path.name}, the median run drawn in {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()
