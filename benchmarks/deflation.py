@@ -29,7 +29,7 @@ from hessdensity import _trees, deflation, lanczos
 from hessdensity.quadrature import Rule, Tridiagonal, gauss_rule
 
 KEYS = 20  # on the network's spectrum
-SYNTHETIC_KEYS = 8
+SYNTHETIC_KEYS = 4
 BANDWIDTH = 1 / 500  # of the range, for L1
 
 

@@ -104,5 +104,5 @@ def load(path: str | Path, form: str, version: int, what: str, writer: str, unpa
         )
     try:
         return unpack(saved)
-    except (ValueError, KeyError, StopIteration) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"path={str(path)!r} is a damaged {what}: {error!r}. Save it again.") from error

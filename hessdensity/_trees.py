@@ -174,22 +174,26 @@ def random_block(key: jax.Array, first: int, count: int, like: PyTree) -> PyTree
     Vector i depends on ``fold_in(key, first + i)`` alone: not on how many are drawn with it, nor on any sharding.
     """
     leaves = jax.tree.leaves(like)
-    draw = _sphere_sampler(tuple(leaves))
-    block = draw(key, jnp.arange(first, first + count, dtype=jnp.uint32))
-    return jax.tree.unflatten(jax.tree.structure(like), block)
+    block = _gaussian_sampler(tuple(leaves))(key, jnp.arange(first, first + count, dtype=jnp.uint32))
+    return jax.tree.unflatten(jax.tree.structure(like), _normalise(block))
 
 
 @functools.lru_cache
-def _sphere_sampler(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
+def _gaussian_sampler(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
     def sample(key: jax.Array, indices: jax.Array) -> list[jax.Array]:
         keys = jax.vmap(lambda index: jax.random.split(jax.random.fold_in(key, index), len(leaves)))(indices)
-        block = [
+        return [
             jax.vmap(functools.partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype))(keys[:, position])
             for position, leaf in enumerate(leaves)
         ]
-        return scale(block, 1 / norm(block))
 
     return jax.jit(sample, out_shardings=[_stacked_sharding(leaf, 1) for leaf in leaves])
+
+
+@jax.jit
+def _normalise(block: PyTree) -> PyTree:
+    """At unit length. Not in one program with the draw, which XLA would repeat in every use and compile for minutes."""
+    return scale(block, 1 / norm(block))
 
 
 def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> tuple[PyTree, bool]:

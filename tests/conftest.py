@@ -23,6 +23,13 @@ def strict():
         sys.modules["matplotlib.pyplot"].close("all")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget():
+    """Drop the programs that a module has compiled: a process that keeps thousands of them runs out of memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["float64", "float32"])
 def dtype(request):
     """Both precisions, each in the world its users live in: float32 without 64-bit types."""
