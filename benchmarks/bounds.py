@@ -11,7 +11,16 @@ Quadrature and coupling are bounds for certain: they are compared with the cumul
 would see after infinitely many steps, which is known here, since the matrix is. The combined bounds are compared with
 the spectrum, at their nominal 95 %.
 
-ANSWER
+Answer (2026-11-21), held of how many:
+
+    quadrature, against the probes' own measure    10000 of 10000
+    coupling, 1/n and 2 beta/n                       200 of 200
+    cdf, plain and deflated                         99.68 %, 99.94 %  (nominal 95 %)
+    mass, plain and deflated                        99.85 %, 100 %
+    extremes, plain and deflated                      400 of 400, 400 of 400
+    estimated error above the true W1                84 %, 83 %; over the true one, median 1.6 and 1.5
+
+The mean width of the cumulative's combined bounds is 0.12 to 0.43 plain, 0.09 to 0.38 deflated, by kind.
 """
 
 import jax

@@ -11,7 +11,20 @@ On spectra that are known exactly: the trained 784-20-10 network's (15,910 eigen
 synthetic ones. A probe uniform on the sphere sees nothing of a matrix but its spectrum, so that the matrices are
 random rotations of these eigenvalues.
 
-ANSWER
+Answer (2026-11-21), W1/range with 180 products (plain 60 x 3; Krylov 90, then 45 x 2; the same without its own;
+sequential 60 x 3), and the trace's relative error, rms; 20 keys on the network's spectrum, 4 on the others:
+
+                                 plain            Krylov           without its own  sequential
+    trained network              1.58e-4  12 %    3.30e-5 2.0 %    3.90e-5 2.2 %    3.44e-5 2.2 %
+    20 outliers, light tail      1.16e-4  12 %    7.98e-7 .01 %    7.65e-7 .01 %    4.14e-7 .01 %
+    power law 1/i                1.76e-4  10 %    3.67e-5 1.8 %    4.37e-5 2.0 %    2.94e-5 1.3 %
+    zeros, bulk, outliers        2.90e-4 4.7 %    9.23e-5 1.4 %    1.07e-4 0.9 %    1.08e-4 1.9 %
+    multiple outliers            7.75e-4 6.9 %    5.72e-4 7.2 %    7.62e-4 4.9 %    5.38e-4 3.5 %
+    no outliers                  4.41e-3 0.2 %    4.20e-3 0.5 %    6.10e-3 0.6 %    4.81e-3 0.4 %
+
+120 products, 80 then 40 x 1, give 3.77e-5 on the network. The run's own quadrature is worth a fifth of the error where
+the bulk is broad, and costs a little where there is none. Sequential deflation is about as good, the better the lighter
+the tail, and takes a pass over the data for every product: the default is 90, then 45 x 2.
 """
 
 from collections.abc import Callable
@@ -170,7 +183,7 @@ def draw(results: dict[str, list[dict]]) -> plt.Figure:
         ax.set(xscale="log", yscale="log", title=name)
         ticks = [60, 120, 180, 360, 900]
         ax.set_xticks(ticks, map(str, ticks))
-        ax.minorticks_off()
+        ax.xaxis.minorticks_off()
     for ax in axes[1]:
         ax.set_xlabel("Hessian-vector products")
     for ax in axes[:, 0]:
