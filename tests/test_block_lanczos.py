@@ -63,7 +63,7 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("name", "which"),
-    [("outliers", "LM"), ("outliers", "LA"), ("outliers", "SA"), ("ring", "LA")],
+    [("outliers", "LM"), ("outliers", "LA"), ("outliers", "SA"), ("linear", "LM"), ("ring", "LA")],
 )
 def test_the_pairs_are_lapacks(name, which, key, dtype):
     values = spectra.ORDINARY[name]
