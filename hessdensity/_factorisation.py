@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _basis, _trees
-from .lanczos import CHUNK
+from ._gram_schmidt import CHUNK
 
 PyTree = Any
 
@@ -38,6 +38,31 @@ class Ritz(NamedTuple):
     """(m,) norms of H Z s - theta Z s."""
     coupling: np.ndarray
     """(pending vectors, m): the residuals' parts along them."""
+
+
+class Step(NamedTuple):
+    """What the products of chosen vectors add to a factorisation."""
+
+    vectors: PyTree
+    """Block of the new vectors of Z, or None."""
+    remainder: np.ndarray
+    """(new vectors, products): the products' coefficients on them."""
+    along: np.ndarray
+    """(size of Z before, products): on the others."""
+    norm: float
+    num_drawn: int
+    """Random vectors used so far."""
+
+    def scalars(self) -> dict[str, Any]:
+        """All but the vectors, as JSON takes it."""
+        return {**self._asdict(), "vectors": None, "remainder": self.remainder.tolist(), "along": self.along.tolist()}
+
+    @staticmethod
+    def of(vectors: PyTree, scalars: dict[str, Any]) -> Step:
+        """The inverse of `scalars`."""
+        along = np.asarray(scalars["along"], float)
+        remainder = np.asarray(scalars["remainder"], float).reshape(-1, along.shape[1])
+        return Step(vectors, remainder, along, scalars["norm"], scalars["num_drawn"])
 
 
 class Factorisation:
@@ -83,11 +108,8 @@ class Factorisation:
         if count:
             self.add(self._draw(count))
 
-    def multiply(self, operator: Any, chosen: np.ndarray) -> int:
-        """Pending vectors are done; what their products add to Z is pending, last.
-
-        Returns:
-          How many they are.
+    def multiply(self, operator: Any, chosen: np.ndarray) -> Step:
+        """The products of pending vectors, and what they would add to Z, which does not change yet (`join`).
 
         Raises:
           FloatingPointError: a product holds a NaN or an infinity.
@@ -104,22 +126,34 @@ class Factorisation:
                 raise FloatingPointError(
                     "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."
                 )
-            self.norm = max(self.norm, lengths.max())
-            new, remainder, along = self._orthonormalise(product, np.diag(lengths), 8 * self._epsilon * self.norm)
-            matrix, done = self._matrix.copy(), self.done.copy()
-            matrix[:, chosen], done[chosen] = along, True
-            gap = np.linalg.norm(matrix[np.ix_(done, chosen)] - matrix[np.ix_(chosen, done)].T, axis=0).max()
-            if gap > _ASYMMETRY * self.norm:
-                raise ValueError(
-                    "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu differ by "
-                    f"{gap / self.norm:.2g} of its norm. hd.verify_operator(operator, key) tells more."
-                )
-            self._append(new)
-        # Only now, so that a run that is interrupted in a product is what it was before.
-        first = len(matrix)
+            norm = max(self.norm, lengths.max())
+            new, remainder, along = self._orthonormalise(product, np.diag(lengths), 8 * self._epsilon * norm)
+        matrix, done = self._with_columns(chosen, along)
+        gap = np.linalg.norm(matrix[np.ix_(done, chosen)] - matrix[np.ix_(chosen, done)].T, axis=0).max()
+        if gap > _ASYMMETRY * norm:
+            raise ValueError(
+                "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu differ by "
+                f"{gap / norm:.2g} of its norm. hd.verify_operator(operator, key) tells more."
+            )
+        return Step(new if remainder.size else None, remainder, along, float(norm), self._num_drawn)
+
+    def join(self, chosen: np.ndarray, step: Step) -> int:
+        """Pending vectors are done; what their products add to Z is pending, last. Returns how many they are."""
+        matrix, done = self._with_columns(chosen, step.along)
+        first, self.norm, self._num_drawn = len(matrix), step.norm, step.num_drawn
+        if step.vectors is not None:
+            self._append(step.vectors)
+        # Only now, so that a run that is interrupted is what it was before.
         self.done[:first], self._matrix[:first, :first] = done, matrix
-        self._matrix[first:, chosen] = remainder
-        return len(remainder)
+        self._matrix[first:, chosen] = step.remainder
+        self._ritz = None
+        return len(step.remainder)
+
+    def _with_columns(self, chosen: np.ndarray, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(T with the products of pending vectors, which are done then)."""
+        matrix, done = self._matrix.copy(), self.done.copy()
+        matrix[:, chosen], done[chosen] = along, True
+        return matrix, done
 
     def ritz(self) -> Ritz:
         """The Ritz pairs of V: eigenpairs of T's symmetric part there."""

@@ -4,27 +4,23 @@ A *vector* is a pytree of arrays; a *block* stacks k vectors, every leaf being (
 basis vectors for each of k probes, every leaf being (k, c, *leaf.shape). Trees stay trees: a sharded parameter is never
 gathered into one flat array.
 
-Precision. A float32 sum of n = 1e6 terms of one sign loses 2e-5 when accumulated naively, and that becomes the loss of
-orthogonality of a Lanczos basis. Here a reduction goes one axis at a time and no axis is longer than ``LONGEST_SUM``,
-so that its error does not grow with n.
+How inner products round, and what they send between devices, is said in `_sums`.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ._sums import sum_products
 
 PyTree = Any
-
-LONGEST_SUM = 1024
 
 
 def size(like: PyTree) -> int:
@@ -58,7 +54,9 @@ def named(tree: PyTree) -> PyTree:
 
 def inner(a: PyTree, b: PyTree) -> jax.Array:
     """Inner products of two blocks, vector by vector: (k,)."""
-    return _sum_products(a, b, lead=1)
+    dtype = scalar_dtype(a)
+    sums = (sum_products(x, y, 0).astype(dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return functools.reduce(jnp.add, sums)
 
 
 def norm(block: PyTree) -> jax.Array:
@@ -71,46 +69,6 @@ def norm(block: PyTree) -> jax.Array:
     peak = functools.reduce(jnp.maximum, [p.astype(dtype) for p in peaks])
     scaled = scale(block, 1 / jnp.where(peak > 0, peak, 1))
     return peak * jnp.sqrt(inner(scaled, scaled))
-
-
-def _sum_products(a: PyTree, b: PyTree, lead: int) -> jax.Array:
-    dtype = scalar_dtype(a)
-    sums = (bounded_sum(x, y, lead).astype(dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    return functools.reduce(jnp.add, sums)
-
-
-def bounded_sum(x: jax.Array, y: jax.Array, lead: int) -> jax.Array:
-    """Sum of x * y over all axes after the first ``lead``, in stages of at most ``LONGEST_SUM`` terms.
-
-    Not a matrix-vector product, which reads memory twice as fast but accumulates naively: 2e-5 at n = 1e6 against 1e-7.
-    Nor a plain sum: XLA would merge the stages of a reshaped axis into one naive sum, but for the barrier.
-    """
-    for axis in range(lead, x.ndim):
-        length = x.shape[axis]
-        if length <= LONGEST_SUM:
-            continue
-        factor = factor_of(length)
-        if factor is None:
-            padding = [(0, -length % LONGEST_SUM if i == axis else 0) for i in range(x.ndim)]
-            product = jnp.moveaxis(jnp.pad(x * y, padding), axis, -1)
-            staged = product.reshape(*product.shape[:-1], -1, LONGEST_SUM).sum(-2)
-            return bounded_sum(staged, jnp.ones_like(staged), lead)
-        split = (length // factor, factor)
-        x, y = (z.reshape(*z.shape[:axis], *split, *z.shape[axis + 1 :]) for z in (x, y))
-        return bounded_sum(lax.optimization_barrier(x), y, lead)
-    product = x * y
-    for _ in range(lead, product.ndim):
-        product = product.sum(-1)
-    return product
-
-
-def factor_of(length: int) -> int | None:
-    """A divisor of a long axis by which to split it, or None.
-
-    Few devices divide a sharded axis: a factor that leaves 16 to divide the rest keeps the shards where they are.
-    """
-    factors = [factor for factor in range(32, LONGEST_SUM + 1) if length % factor == 0]
-    return max(factors, key=lambda factor: (math.gcd(length // factor, 16), factor), default=None)
 
 
 # Linear combinations -------------------------------------------------------------------------------------------------
@@ -154,17 +112,27 @@ def abstract(tree: PyTree) -> PyTree:
     return jax.tree.map(describe, tree)
 
 
-def _stacked_sharding(leaf: jax.ShapeDtypeStruct, lead: int) -> Sharding | None:
+def stacked_sharding(leaf: jax.ShapeDtypeStruct, lead: int) -> Sharding | None:
     """The sharding of a stack of vectors: that of one vector, the leading axes replicated."""
     if isinstance(leaf.sharding, NamedSharding):
         return NamedSharding(leaf.sharding.mesh, PartitionSpec(*[None] * lead, *leaf.sharding.spec))
     return leaf.sharding
 
 
+def abstract_block(like: PyTree, count: int) -> PyTree:
+    """Shapes, dtypes and shardings of a block of ``count`` vectors."""
+
+    def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        placed = stacked_sharding(leaf, 1) or SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=placed)
+
+    return jax.tree.map(describe, like)
+
+
 def zeros(like: PyTree, *lead: int) -> PyTree:
     """Zeros of shape (*lead, *leaf.shape), placed like the vectors."""
     return jax.tree.map(
-        lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype, device=_stacked_sharding(leaf, len(lead))), like
+        lambda leaf: jnp.zeros((*lead, *leaf.shape), leaf.dtype, device=stacked_sharding(leaf, len(lead))), like
     )
 
 
@@ -187,7 +155,7 @@ def _gaussian_sampler(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
             for position, leaf in enumerate(leaves)
         ]
 
-    return jax.jit(sample, out_shardings=[_stacked_sharding(leaf, 1) for leaf in leaves])
+    return jax.jit(sample, out_shardings=[stacked_sharding(leaf, 1) for leaf in leaves])
 
 
 @jax.jit
@@ -255,7 +223,7 @@ def unravel(rows: np.ndarray, like: PyTree) -> PyTree:
     ends = np.cumsum([math.prod(leaf.shape) for leaf in leaves])
     pieces = np.split(rows, ends[:-1], axis=1)
     shaped = [
-        jax.device_put(piece.reshape(-1, *leaf.shape).astype(leaf.dtype), _stacked_sharding(leaf, 1))
+        jax.device_put(piece.reshape(-1, *leaf.shape).astype(leaf.dtype), stacked_sharding(leaf, 1))
         for piece, leaf in zip(pieces, leaves, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), shaped)
@@ -276,25 +244,3 @@ def auto_axes(tree: PyTree) -> PyTree:
         return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
 
     return jax.tree.map(rewrap, tree)
-
-
-# Identity ------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(tree: PyTree) -> str:
-    """A hash of all values, shapes and names, the same however the arrays are sharded: integer sums associate."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    words = [f"{name} {leaf.shape} {leaf.dtype}" for name, leaf in zip(paths(tree), leaves, strict=True)]
-    sums = [int(_hash_leaf(leaf)) for leaf in leaves]
-    return hashlib.sha256(repr((words, sums)).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _hash_leaf(leaf: jax.Array) -> jax.Array:
-    leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-    bits = lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32))
-    bits = bits.astype(jnp.uint32)
-    place = lax.iota(jnp.uint32, bits.size).reshape(bits.shape)
-    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)

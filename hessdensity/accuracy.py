@@ -29,17 +29,18 @@ class Accuracy(NamedTuple):
         return self.quadrature + self.probes + self.coupling
 
 
-def estimate(run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int) -> Accuracy:
+def estimate(run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False) -> Accuracy:
     """The accuracy of the rules that `deflation.combine` makes of these.
 
     Args:
       run: of the deflation, or None.
       probes: of the probes.
       dimension: n.
+      implicit: as for `deflation.combine`.
     """
-    rules = combine(run, probes, dimension)
+    rules = combine(run, probes, dimension, implicit=implicit)
     fewer = list(map(_two_thirds, probes))
-    shorter = combine(_two_thirds(run) if run and not probes else run, fewer, dimension)
+    shorter = combine(_two_thirds(run) if run and not probes else run, fewer, dimension, implicit=implicit)
     nodes = np.unique(np.concatenate([rule.nodes for rule in rules]))
     span = float(nodes[-1] - nodes[0])
     if not span > 0:

@@ -21,10 +21,13 @@ import numpy as np
 
 from .quadrature import Rule, Tridiagonal, gauss_rule
 
+_WEIGHTLESS = 1e-20  # (v.q)^2 of a random v is below that for one eigenvector in 10^10 / sqrt(n): it is rounding
 _ISOLATED = 0.01  # of the distance to the next node: the Ritz value is then off by 1e-4 of it, the weight by as much
 
 
-def combine(run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int) -> tuple[Rule, ...]:
+def combine(
+    run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False
+) -> tuple[Rule, ...]:
     """The rules of a deflated estimate: the deflation run's own, if there is one, and one a probe.
 
     All m0 Ritz values of the run enter the probes' rules at weight exactly 1/n, the Gauss rule of the probe carries
@@ -35,7 +38,10 @@ def combine(run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int) 
       run: of the deflation, or None.
       probes: of the probes that were kept orthogonal to it.
       dimension: n.
+      implicit: the probes had no basis: of each the ghosts are merged, and isolated eigenvalues have weight 1/n.
     """
+    if implicit:
+        return tuple(isolate(merge_ghosts(probe), dimension) for probe in probes)
     if run is None:
         return tuple(map(gauss_rule, probes))
     own, left = gauss_rule(run), dimension - run.length
@@ -57,6 +63,24 @@ def combine(run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int) 
         for part in parts
     ]
     return (isolate(own, dimension, parts), *rules)
+
+
+def merge_ghosts(probe: Tridiagonal) -> Rule:
+    """The Gauss rule of a recurrence without reorthogonalisation, its ghosts merged.
+
+    Such a recurrence finds a converged eigenvalue again and again: copies of its node, equal to rounding, that share
+    its weight, and between them newcomers of next to no weight (Paige 1976; Cullum and Willoughby 1985). The rule as it
+    stands is right: it is the exact one of a matrix whose eigenvalues are those of A, each blurred by rounding
+    (Greenbaum 1989). But a node crowded by its own copies does not pass for isolated. So the weightless are dropped,
+    and nodes closer than rounding can tell become one, at their mean.
+    """
+    rule = gauss_rule(probe)
+    seen = rule.weights > _WEIGHTLESS
+    nodes, weights, residuals = rule.nodes[seen], rule.weights[seen], rule.residuals[seen]
+    first = np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.noise)
+    mass = np.add.reduceat(weights, first)
+    centre = np.add.reduceat(weights * nodes, first) / mass
+    return Rule(centre, mass / mass.sum(), 0, np.minimum.reduceat(residuals, first))
 
 
 def isolate(rule: Rule, dimension: int, elsewhere: list[Rule] = ()) -> Rule:  # type: ignore[assignment]

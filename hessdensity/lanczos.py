@@ -6,37 +6,28 @@ operator may stream from disk or run on many hosts, and progress, checkpoints an
 In exact arithmetic A V^T = V^T T + beta_m v_m e_m^T, with V orthonormal and T tridiagonal (Lanczos 1950). Rounding
 destroys the orthogonality as soon as a Ritz value converges (Paige 1976), so that every new vector is orthogonalised
 again against all the earlier ones, kept in chunks of fixed size: each kernel is compiled once, however many the steps.
+Without a basis the Gauss rules stay right, but copies of converged Ritz values appear (`deflation.merge_ghosts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _basis, _trees
+from . import _trees
+from ._gram_schmidt import CHUNK as CHUNK
+from ._gram_schmidt import TIERS as TIERS
+from ._gram_schmidt import Basis as Basis
+from ._gram_schmidt import append, as_chunks, norm, on_host, orthogonalise, orthogonalise_locally, project_out
 
 PyTree = Any
 
+_SCALARS = ("diagonal", "off_diagonal", "outside", "noise")
 _ASYMMETRY = 0.05  # far above the rounding of a model that computes in bfloat16, far below a rule that is no derivative
-
-CHUNK = 8
-"""Basis vectors a chunk: few, because the last chunk is read whole, and zeros take memory."""
-
-
-class Basis(NamedTuple):
-    """Orthonormal vectors of one probe, in chunks."""
-
-    chunks: tuple[PyTree, ...]
-    """CHUNK vectors each, the last ones of the last chunk being zero."""
-    size: int
-    """How many they are."""
-    norm: float = 0.0
-    """The operator's, as far as it is known: what is small beside it is rounding, in their complement too."""
 
 
 class LanczosState(NamedTuple):
@@ -50,7 +41,9 @@ class LanczosState(NamedTuple):
     previous: PyTree
     """Block of the k vectors before them."""
     basis: tuple[PyTree, ...]
-    """Chunks of CHUNK vectors a probe that hold vectors 0..j; those not yet reached are zero."""
+    """Chunks of CHUNK vectors a probe that hold vectors 0..j; those not yet reached are zero. Empty in tier "none"."""
+    offload: bool
+    """Whether full chunks wait in the host's memory."""
     against: Basis
     """The basis, of one probe, that all probes stay orthogonal to."""
     num_steps: int
@@ -75,7 +68,9 @@ class NonFiniteProduct(FloatingPointError):
         self.partial: Any = None
 
 
-def init(start_vectors: PyTree, num_steps: int, against: PyTree | Basis | None = None) -> LanczosState:
+def init(
+    start_vectors: PyTree, num_steps: int, against: PyTree | Basis | None = None, *, tier: str = "device"
+) -> LanczosState:
     """The state before the first step.
 
     Args:
@@ -83,36 +78,42 @@ def init(start_vectors: PyTree, num_steps: int, against: PyTree | Basis | None =
       num_steps: Lanczos length m, at least 1. Clipped to the dimension that ``against`` leaves.
       against: block of m0 orthonormal vectors, or the `Basis` of an earlier run, shared by all probes, that the whole
         recurrence stays orthogonal to: it then belongs to the operator's compression to their complement.
+      tier: where the basis is kept. ``"device"``; ``"host"``, full chunks in the host's memory, each moved to the
+        device and read there in every step; ``"none"``, nowhere: only the last two vectors are orthogonalised against.
 
     Raises:
-      ValueError: num_steps < 1, or a start vector that is zero or not finite, or lies in the span of ``against``.
+      ValueError: num_steps < 1, an unknown tier, or a start vector that is zero or not finite, or lies in the span of
+        ``against``.
 
-    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8.
+    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8. On the device there are of these
+    4 k and two chunks with "host"; with "none" there are 4 k in all.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")
+    if tier not in TIERS:
+        raise ValueError(f"tier={tier!r}, expected one of {', '.join(map(repr, TIERS))}.")
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start_vectors)
     n, count = _trees.size(like), jax.tree.leaves(start_vectors)[0].shape[0]
     if against is None:
         against = Basis((), 0)
     elif not isinstance(against, Basis):
-        chunks = tuple(_as_chunk(piece) for piece in _trees.split(against, CHUNK))
-        against = Basis(chunks, jax.tree.leaves(against)[0].shape[0])
+        against = Basis(as_chunks(against), jax.tree.leaves(against)[0].shape[0])
     if against.size >= n:
         raise ValueError(f"against holds {against.size} vectors of dimension {n}; nothing is left for the recurrence.")
     with jax.default_matmul_precision("highest"):
-        before = _norm(start_vectors)
-        vectors, _, after = _orthogonalise(_normalise(start_vectors, before), against.chunks)
+        before = norm(start_vectors)
+        vectors, _, after = orthogonalise(_normalise(start_vectors, before), against.chunks)
         if not np.all(after > 64 * _trees.epsilon(like)):  # written so that a NaN is refused
             raise ValueError(
-                f"start_vectors have norms {np.asarray(before)}, and {after} of each is left outside of `against`; "
+                f"start_vectors have norms {on_host(before)}, and {after} of each is left outside of `against`; "
                 "expected finite vectors that are not zero there."
             )
         vectors = _normalise(vectors, jnp.asarray(after))
         return LanczosState(
             vectors=vectors,
             previous=jax.tree.map(jnp.zeros_like, vectors),
-            basis=_append((), vectors, 0),
+            basis=() if tier == "none" else append((), vectors, 0, offload=False),
+            offload=tier == "host",
             against=against,
             num_steps=min(num_steps, n - against.size),
             diagonal=np.zeros((count, 0)),
@@ -144,9 +145,12 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
         residual, alpha = _recur(
             product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
         )
-        residual, along = _project_out(residual, state.against.chunks)  # a true coupling, if it is not invariant
-        residual, removed, beta = _orthogonalise(residual, (*state.against.chunks, *state.basis))
-        alpha = np.asarray(alpha, float)
+        residual, along = project_out(residual, state.against.chunks)  # a true coupling, if it is not invariant
+        if state.basis:
+            residual, removed, beta = orthogonalise(residual, (*state.against.chunks, *state.basis))
+        else:
+            residual, removed, beta = orthogonalise_locally(residual, state.vectors, state.previous)
+        alpha = on_host(alpha).astype(float)
         if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
             raise NonFiniteProduct(
                 step, "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."
@@ -166,18 +170,38 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
                 "symmetric one has nothing. hd.verify_operator(operator, key) tells more."
             )
         alive = beta > 8 * epsilon * size
-        off_diagonal = np.concatenate([state.off_diagonal, np.where(alive, beta, 0.0)[:, None]], axis=1)
         # Dividing by an infinite number makes a zero vector of the residual of a probe that has ended.
         vectors = _normalise(residual, jnp.asarray(np.where(alive, beta, np.inf), beta.dtype))
-        return state._replace(
-            vectors=vectors,
-            previous=state.vectors,
-            basis=_append(state.basis, vectors, step + 1) if step + 1 < state.num_steps else state.basis,
-            diagonal=diagonal,
-            off_diagonal=off_diagonal,
-            outside=np.concatenate([state.outside, _on_host(along, len(alpha))[:, None]], axis=1),
-            noise=np.maximum.reduce([state.noise, removed, 4 * epsilon * size]),
-        )
+        noise = np.maximum.reduce([state.noise, removed, 4 * epsilon * size])
+        return _joined(state, vectors, alpha, np.where(alive, beta, 0.0), along, noise)
+
+
+def _joined(
+    state: LanczosState, vectors: PyTree, alpha: np.ndarray, beta: np.ndarray, along: np.ndarray, noise: np.ndarray
+) -> LanczosState:
+    """The state with the results of one more step."""
+    step, basis = state.diagonal.shape[1] + 1, state.basis
+    return state._replace(
+        vectors=vectors,
+        previous=state.vectors,
+        basis=append(basis, vectors, step, state.offload) if basis and step < state.num_steps else basis,
+        diagonal=np.concatenate([state.diagonal, alpha[:, None]], axis=1),
+        off_diagonal=np.concatenate([state.off_diagonal, beta[:, None]], axis=1),
+        outside=np.concatenate([state.outside, along[:, None]], axis=1),
+        noise=noise,
+    )
+
+
+def last_step(state: LanczosState) -> tuple[PyTree, dict[str, Any]]:
+    """What the last step added to a state: its block of vectors, and its scalars as JSON takes them."""
+    scalars = (state.diagonal[:, -1], state.off_diagonal[:, -1], state.outside[:, -1], state.noise)
+    return state.vectors, dict(zip(_SCALARS, (part.tolist() for part in scalars), strict=True))
+
+
+def replay(state: LanczosState, vectors: PyTree, scalars: dict[str, Any]) -> LanczosState:
+    """`update` without a product, from what `last_step` gave of it: the same state, bit for bit."""
+    alpha, beta, along, noise = (np.asarray(scalars[name], float) for name in _SCALARS)
+    return _joined(state, vectors, alpha, beta, along.reshape(alpha.size, -1), noise)
 
 
 def extend(state: LanczosState, num_steps: int) -> LanczosState:
@@ -187,7 +211,9 @@ def extend(state: LanczosState, num_steps: int) -> LanczosState:
     if num_steps <= state.num_steps:
         return state
     # The vector after the last step was not kept, since no step was to follow.
-    basis = _append(state.basis, state.vectors, done) if done == state.num_steps else state.basis
+    basis = state.basis
+    if basis and done == state.num_steps:
+        basis = append(basis, state.vectors, done, state.offload)
     return state._replace(num_steps=num_steps, basis=basis)
 
 
@@ -209,7 +235,7 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
 
     Cost: one product with k vectors a step.
     """
-    while state.diagonal.shape[1] < state.num_steps and not _ended(state):
+    while not complete(state):
         try:
             product, _ = _trees.as_block(operator @ state.vectors, operator.like, "the operator's product")
         except FloatingPointError as error:
@@ -218,59 +244,15 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
         yield state
 
 
-def _ended(state: LanczosState) -> bool:
-    return state.off_diagonal.shape[1] > 0 and not np.any(state.off_diagonal[:, -1])
+def complete(state: LanczosState) -> bool:
+    """Whether no step is left: all are done, or every probe has ended."""
+    done = state.diagonal.shape[1]
+    return done == state.num_steps or (done > 0 and not np.any(state.off_diagonal[:, -1]))
 
 
-def _orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.ndarray, np.ndarray]:
-    """Classical Gram-Schmidt against all chunks, repeated where it cancelled.
-
-    A block that comes in almost orthogonal, as the recurrence leaves it, needs one pass: what is left is one rounding
-    unit of its norm. Only a pass that takes away much of the norm leaves a residual that is not small beside what
-    remains, and then it is done again (Daniel, Gragg, Kaufman and Stewart 1976), which halves the reading of the basis.
-
-    Returns:
-      The block, the norms of what the first pass took away, the norms of what is left.
-    """
-    before, removed = np.asarray(_norm(block)), None
-    while True:
-        block, coefficients = _project_out(block, chunks)
-        after = np.asarray(_norm(block))
-        if removed is None:
-            removed = np.linalg.norm(_on_host(coefficients, after.size), axis=1)
-        # A vector of the span shrinks by a rounding unit a pass, until it is zero.
-        if np.all((after > before / 2) | (after <= np.finfo(after.dtype).tiny)) or not np.all(np.isfinite(after)):
-            return block, removed, after
-        before = after
-
-
-def _on_host(coefficients: list[jax.Array], count: int) -> np.ndarray:
-    """Coefficients chunk by chunk as one (count, r) float64 array."""
-    return np.concatenate([np.zeros((count, 0)), *(np.asarray(part, float) for part in coefficients)], axis=1)
-
-
-def _project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, list[jax.Array]]:
-    """(the block less its parts along all basis vectors, those parts)."""
-    coefficients = [_coefficients(chunk, block) for chunk in chunks]
-    for chunk, factors in zip(chunks, coefficients, strict=True):
-        block = _subtract_combination(block, factors, chunk)
-    return block, coefficients
-
-
-def _append(basis: tuple[PyTree, ...], vectors: PyTree, position: int) -> tuple[PyTree, ...]:
-    """The basis with one more vector for each probe, in the last chunk's memory or in a new chunk's."""
-    row = position % CHUNK
-    if row == 0:
-        return (*basis, _first_row(vectors))
-    return (*basis[:-1], _write_row(basis[-1], vectors, row))
-
-
-# The compiled kernels. Every one has the shape of a block or of a chunk, so that their number does not grow with the
-# steps; consumed arguments are donated, so that nothing is copied.
-
-_norm = jax.jit(_trees.norm)
-_coefficients = jax.jit(_basis.coefficients)
-_subtract_combination = partial(jax.jit, donate_argnums=0)(_basis.subtract_combination)
+def release(state: LanczosState) -> LanczosState:
+    """The state without its vectors: what it found remains, and it cannot go on."""
+    return state._replace(vectors=None, previous=None, basis=(), against=Basis((), state.against.size))
 
 
 @jax.jit
@@ -284,17 +266,3 @@ def _recur(product: PyTree, vectors: PyTree, previous: PyTree, beta: jax.Array) 
 @jax.jit
 def _normalise(vectors: PyTree, norms: jax.Array) -> PyTree:
     return _trees.scale(vectors, 1 / norms)
-
-
-@jax.jit
-def _as_chunk(vectors: PyTree) -> PyTree:
-    """Up to CHUNK vectors as the chunk of one probe."""
-    first = jax.tree.map(lambda leaf: leaf[:1], vectors)
-    result = _basis.chunk(first, CHUNK)
-    for row in range(1, jax.tree.leaves(vectors)[0].shape[0]):
-        result = _basis.write_row(result, jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], vectors), row)
-    return result
-
-
-_first_row = jax.jit(partial(_basis.chunk, rows=CHUNK))
-_write_row = partial(jax.jit, donate_argnums=0)(_basis.write_row)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _trees
+from ._identity import fingerprint
 from ._selection import Where, select
 
 PyTree = Any
@@ -58,6 +59,7 @@ class Matrix:
             raise ValueError(f"array differs from its transpose by {gap:.3g}; expected a symmetric one: (a + a.T) / 2.")
         self.like = jax.ShapeDtypeStruct(array.shape[:1], array.dtype)
         self._multiply: Callable[[jax.Array], jax.Array] = partial(_dense_product, array)
+        self._entries = fingerprint(array)
 
     @classmethod
     def from_eigenvalues(cls, values: Any, key: jax.Array) -> Matrix:
@@ -72,7 +74,9 @@ class Matrix:
             raise ValueError(f"values is {values.dtype}{list(values.shape)}; expected real floating-point (n,).")
         self = cls.__new__(cls)
         self.like = jax.ShapeDtypeStruct(values.shape, values.dtype)
-        self._multiply = partial(_reflected_product, values, _trees.random_block(key, 0, 3, self.like))
+        reflectors = _trees.random_block(key, 0, 3, self.like)
+        self._multiply = partial(_reflected_product, values, reflectors)
+        self._entries = fingerprint((values, reflectors))
         return self
 
     def __matmul__(self, vectors: jax.Array) -> jax.Array:
@@ -82,7 +86,7 @@ class Matrix:
 
     def describe(self) -> dict[str, Any]:
         """What this operator is."""
-        return {"kind": "Matrix"}
+        return {"kind": "Matrix", "entries": self._entries}
 
 
 @jax.jit

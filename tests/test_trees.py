@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hessdensity import _basis, _trees
+from hessdensity import _basis, _identity, _trees
 
 # Lengths that no factor divides, more than one long axis, scalars, empty leaves.
 SHAPES = [(1_000_003,), (1_000_000,), (50_021, 3), (7, 1031), (3, 3, 64, 32), (), (0, 4), (1,)]
@@ -76,10 +76,10 @@ def test_a_fingerprint_sees_values_names_and_places_but_not_shardings():
     x = jnp.arange(64, dtype=jnp.float32)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-    same = _trees.fingerprint({"w": x})
-    assert _trees.fingerprint({"w": sharded}) == same
+    same = _identity.fingerprint({"w": x})
+    assert _identity.fingerprint({"w": sharded}) == same
     others = [{"v": x}, {"w": x[::-1]}, {"w": x.at[3].add(1e-5)}, {"w": x.reshape(8, 8)}, {"w": x.astype(jnp.bfloat16)}]
-    assert len({same, *map(_trees.fingerprint, others)}) == 1 + len(others)
+    assert len({same, *map(_identity.fingerprint, others)}) == 1 + len(others)
 
 
 @pytest.mark.parametrize(
