@@ -26,6 +26,9 @@ from .operators import dense as dense
 from .operators import to_scipy as to_scipy
 from .parts import PartDensities as PartDensities
 from .parts import part_densities as part_densities
+from .planning import Choice as Choice
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .quadrature import Rule as Rule
 from .results import Estimate as Estimate
 from .slq import spectral_density as spectral_density

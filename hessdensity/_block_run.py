@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _trees
-from ._factorisation import Factorisation
+from ._factorisation import Factorisation, Step
+from ._resume import Steps
 from .eigenspaces import Eigenspace, combination
 from .operators import Operator
 
@@ -36,7 +37,9 @@ class BlockRun:
         tolerance: float,
         block_size: int,
         basis_size: int,
+        steps: Steps,
     ) -> None:
+        self._steps = steps
         self._operator, self._rank, self._tolerance = operator, rank, tolerance
         self._merit = MERIT[which]
         self._block_size, self._basis_size = block_size, basis_size
@@ -68,7 +71,7 @@ class BlockRun:
         self._fewest_passes = _FEWEST_WARM
 
     def step(self) -> int:
-        """Multiply a block, and see what is known then. Returns the number of products."""
+        """Multiply a block, or take the step from disk, and see what is known then. Returns the number of products."""
         self._make_room()
         z = self._z
         if self._searching:
@@ -79,7 +82,12 @@ class BlockRun:
             unconverged = wanted[ritz.residuals[wanted] > self._tolerance * z.norm]
             weight = np.linalg.norm(ritz.coupling[:, unconverged], axis=1)
             chosen = z.pending[np.sort(np.argsort(-weight, kind="stable")[: self._block_size])]
-        self._num_newest = z.multiply(self._operator, chosen)
+        if found := self._steps.take():
+            self._num_newest = z.join(chosen, Step.of(*found))
+        else:
+            step = z.multiply(self._operator, chosen)
+            self._num_newest = z.join(chosen, step)
+            self._steps.add(step.vectors, step.scalars())
         self.num_matvecs += chosen.size
         self.num_passes += 1
         self._judge()

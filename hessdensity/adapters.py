@@ -88,6 +88,11 @@ class _LinenLoss:
     train: bool
     options: tuple[tuple[str, Any], ...]
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether batches must not be cut, for the model normalises by their statistics."""
+        return self.train
+
     def __call__(self, state: PyTree, params: PyTree, batch: PyTree) -> Any:
         inputs, *rest = _parts(batch)
         variables = {"params": params, **state}
@@ -146,6 +151,11 @@ class _NnxLoss:
     graph: Any
     criterion: Criterion
     train: bool
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether batches must not be cut, for the model normalises by their statistics."""
+        return self.train
 
     def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
         from flax import nnx

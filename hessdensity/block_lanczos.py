@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +12,14 @@ import numpy as np
 
 from . import _trees
 from ._block_run import MERIT, BlockRun
+from ._failures import explained
+from ._identity import fingerprint, signature
+from ._memory import bytes_per_device, free_memory, in_words
+from ._progress import count, make_bar
+from ._resume import Steps
 from .eigenspaces import Eigenspace
 from .lanczos import NonFiniteProduct
-from .operators import Operator, check, describe
+from .operators import Operator, check
 
 PyTree = Any
 logger = logging.getLogger("hessdensity")
@@ -33,6 +38,7 @@ def top_eigenspace(
     basis_size: int | None = None,
     max_matvecs: int | None = None,
     start: Eigenspace | PyTree | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Eigenspace:
     """Eigenpairs at an end of the spectrum, by block Lanczos with thick restarts.
@@ -61,6 +67,8 @@ def top_eigenspace(
       max_matvecs: products after which what is there is returned (default 100 rank, at least 1,000).
       start: an `Eigenspace` of a similar operator, such as the last checkpoint's, or a block of vectors: random
         combinations of it start the run. One vector of the block remains random, for what is new.
+      checkpoint: a folder. Every step is saved there, and a later call with the same arguments goes on from it, as for
+        `spectral_density`.
       progress: show a bar of products done and pairs converged, on standard error.
 
     Returns:
@@ -89,33 +97,49 @@ def top_eigenspace(
     n = _check(operator, key, rank, which, tolerance, block_size)
     block_size = min(block_size, n)
     basis_size, max_matvecs = _sizes(rank, n, block_size, basis_size, max_matvecs)
-    from tqdm import tqdm
-
-    began, stopped = time.perf_counter(), None
-    run = BlockRun(operator, key, rank, which, tolerance, block_size, basis_size)
-    run.begin(start)
+    settings = {
+        "computation": "top_eigenspace",
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "rank": rank,
+        "which": which,
+        "tolerance": tolerance,
+        "block_size": block_size,
+        "basis_size": basis_size,
+        "max_matvecs": max_matvecs,
+        "start": None if start is None else fingerprint(getattr(start, "vectors", start)),
+        "vectors": signature(operator.like),
+    }
+    steps, stopped = Steps(checkpoint, operator, settings), None
+    run = BlockRun(operator, key, rank, which, tolerance, block_size, basis_size, steps)
 
     def answer() -> Eigenspace:
-        description = {
-            "operator": describe(operator),
-            "which": which,
-            "tolerance": tolerance,
-            "block_size": block_size,
-            "basis_size": basis_size,
-            "key": np.asarray(jax.random.key_data(key)).tolist(),
-            "seconds": time.perf_counter() - began,
+        kept = {name: settings[name] for name in ("which", "tolerance", "block_size", "basis_size", "key")}
+        more = {
+            "operator": steps.describe(),
+            "seconds": steps.seconds,
             "stopped": stopped,
             "versions": {package: version(package) for package in ("hessdensity", "jax", "numpy")},
         }
-        return run.answer(description)
+        return run.answer({**kept, **more})
 
-    with tqdm(desc="top eigenspace", unit="HVP", disable=not progress) as bar:
+    def table() -> str:
+        each, free = bytes_per_device(operator.like), free_memory(operator.like)
+        most = rank + basis_size * 3 // 2 + 4 * block_size
+        return (
+            f"top_eigenspace keeps {most} vectors of {in_words(each)}, {in_words(most * each)} on each device, where "
+            f"{'an unknown amount' if free.device is None else in_words(free.device)} is free. A smaller basis_size "
+            f"(now {basis_size}; at least rank + 3 block_size), block_size or rank needs less, as do more devices."
+        )
+
+    with steps.kept(), explained(table, checkpoint), make_bar("top eigenspace", None, progress) as bar:
+        run.begin(start)
         try:
             while not run.complete:
                 if run.num_matvecs + block_size > max_matvecs:
                     stopped = f"max_matvecs={max_matvecs} reached"
                     break
-                bar.update(run.step())
+                read_back = steps.on_disk
+                count(bar, run.step(), read_back=read_back)
                 bar.set_postfix_str(f"{run.num_converged} of {rank} converged")
         except KeyboardInterrupt:
             if not run.num_passes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,15 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from . import _trees
+from .placement import Placement, leading_lengths
 
 PyTree = Any
 
 
 class Report(NamedTuple):
-    """What the computation says of one batch: scalars, on the device."""
+    """What the computation says of one batch, or of a piece of it: scalars, on the device."""
 
     total: Any
     """Sum of the examples' losses."""
@@ -57,39 +58,32 @@ def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
     return [jax.tree.map(lambda array, rows=rows: array[rows], arrays) for rows in slices]
 
 
-def leading_lengths(batch: PyTree) -> dict[str, int | None]:
-    """The length of each leaf's leading axis, None for a scalar, by the leaf's path."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    return {name: shape[0] if shape else None for name, shape in zip(_trees.paths(batch), shapes, strict=True)}
-
-
 class Passes:
     """Data that can be gone through again and again, and the memory of what the first pass saw.
 
     Args:
       source: anything that can be iterated twice, or a function that returns a fresh iterator.
-      sharding: where host arrays are placed; arrays already on a device stay where they are.
+      placement: where batches go and in which pieces; to the default device whole, if None.
 
     Raises:
       TypeError: ``source`` is a one-shot iterator, a bare batch, or nothing iterable.
     """
 
-    def __init__(self, source: Any, sharding: Sharding | None = None) -> None:
+    def __init__(self, source: Any, placement: Placement | None = None) -> None:
         _refuse_misuse(source)
         self._source = source
-        self._sharding = sharding
+        self._placement = placement or Placement()
         self._first: tuple[np.ndarray, list[int | float]] | None = None
         self._spread: float | None = None
         self._passes = 0
         self.shuffled = False
 
-    def __iter__(self) -> Iterator[PyTree]:
-        """Batches on the device, each one handed over when the transfer of the next has begun."""
-        ahead: tuple[PyTree, ...] = ()
-        for index, batch in enumerate(_fresh(self._source)):
-            placed = self._place(batch, index)
+    def __iter__(self) -> Iterator[tuple[int, PyTree]]:
+        """(number of the batch, piece of it on the devices), handed over when the transfer of the next has begun."""
+        ahead: tuple[tuple[int, PyTree], ...] = ()
+        for piece in self._placement.pieces(_fresh(self._source)):
             yield from ahead
-            ahead = (placed,)
+            ahead = (piece,)
         yield from ahead
         if not ahead:
             again = " in a later pass, though the first one saw some: does it hand out an exhausted iterator?"
@@ -99,36 +93,22 @@ class Passes:
             )
 
     def accumulate(
-        self, step: Callable[[PyTree, PyTree], tuple[PyTree, Report]], total: PyTree
+        self, step: Callable[[PyTree, int, PyTree], tuple[PyTree, Report]], total: PyTree
     ) -> tuple[PyTree, list[Report]]:
-        """``total, report = step(total, batch)`` over one pass; (the last total, the reports)."""
+        """``total, report = step(total, number of the batch, piece of it)`` over one pass.
+
+        Returns:
+          The last total; a report a batch, the sum of those of its pieces.
+        """
+        indices: list[int] = []
         reports: list[Report] = []
-        for batch in self:
+        for index, piece in self:
             # Dispatch is asynchronous: without this wait a fast loader would fill the device with waiting batches.
             jax.block_until_ready(reports[-2:-1])
-            total, report = step(total, batch)
+            total, report = step(total, index, piece)
+            indices.append(index)
             reports.append(report)
-        return total, jax.device_get(reports)
-
-    def _place(self, batch: PyTree, index: int) -> PyTree:
-        def place(path: Any, leaf: Any) -> jax.Array:
-            if isinstance(leaf, jax.Array):
-                return _trees.auto_axes(leaf)
-            try:
-                array = np.asarray(leaf)
-            except Exception as error:
-                raise TypeError(
-                    f"data: batch {index}, leaf {jax.tree_util.keystr(path)!r} is a {type(leaf).__name__} that cannot "
-                    f"become an array ({error}); convert it in the loader."
-                ) from error
-            if array.dtype.kind not in "biufcV" or array.dtype.names:
-                raise TypeError(
-                    f"data: batch {index}, leaf {jax.tree_util.keystr(path)!r} is a {type(leaf).__name__} of dtype "
-                    f"{array.dtype}; expected numbers. Drop it in the loader, or encode it as an array."
-                )
-            return jax.device_put(array, self._sharding)
-
-        return jax.tree.map_with_path(place, batch)
+        return total, _by_batch(indices, jax.device_get(reports))
 
     def record(self, reports: list[Report], rerun: Callable[[], float]) -> None:
         """Note what a whole pass saw and compare it with the first pass.
@@ -212,6 +192,19 @@ def total_count(reports: list[Report], what: str) -> int | float:
     if not count > 0:
         raise ValueError(f"loss: the counts of all batches add up to {count}; expected more than none.")
     return count
+
+
+def _by_batch(indices: list[int], reports: list[Report]) -> list[Report]:
+    """One report a batch from those of the pieces, in order, and the numbers of their batches."""
+
+    def merge(pieces: list[Report]) -> Report:
+        if len(pieces) == 1:
+            return pieces[0]
+        totals, counts, finite = zip(*pieces, strict=True)
+        return Report(np.sum(totals, dtype=float).astype(totals[0].dtype), np.sum(counts), all(finite))
+
+    pairs = itertools.groupby(zip(indices, reports, strict=True), key=lambda pair: pair[0])
+    return [merge([report for _, report in pieces]) for _, pieces in pairs]
 
 
 def _callers_level() -> int:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _trees
+from ._products import group_size
 from .data import Report
 from .eigenspaces import Eigenspace
-from .hessian import _GROUP, Hessian
+from .hessian import Hessian
 from .results import Estimate
 
 PyTree = Any
@@ -113,16 +114,18 @@ def eigenvalue_data_error(hessian: Hessian, eigenspace: Eigenspace) -> DataEstim
 
 def _forms(hessian: Hessian, block: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """v.Hv for the Hessian of each batch that holds examples, (batches, k), and the numbers of examples, (batches,)."""
-    groups = _trees.split(block, _GROUP)
+    groups = _trees.split(block, group_size(hessian.like))
 
-    def step(forms: list[list[jax.Array]], batch: PyTree) -> tuple[list[list[jax.Array]], Report]:
+    def step(forms: list[Any], index: int, piece: PyTree) -> tuple[list[Any], Report]:
         zeros = [jax.tree.map(jnp.zeros_like, group) for group in groups]
-        products, report = hessian._add(groups, zeros, batch, hessian.mode)
-        return [*forms, [_inner(*pair) for pair in zip(groups, products, strict=True)]], report
+        products, report = hessian._add(groups, zeros, piece, hessian.mode)
+        return [*forms, (index, [_inner(*pair) for pair in zip(groups, products, strict=True)])], report
 
     sums, reports = hessian._pass(step, [], partial(hessian._spread, groups[0], hessian.mode))
     counts = np.array([report.count.item() for report in reports], float)
-    forms = np.array([np.concatenate(row) for row in jax.device_get(sums)], float)
+    forms = np.zeros((len(reports), jax.tree.leaves(block)[0].shape[0]))
+    for index, row in jax.device_get(sums):
+        forms[index] += np.concatenate(row)
     return (forms / np.where(counts > 0, counts, 1)[:, None])[counts > 0], counts[counts > 0]
 
 

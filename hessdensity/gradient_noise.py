@@ -129,7 +129,7 @@ def gradient_covariance(
       TypeError, ValueError: as `Hessian`; an eigenspace of other leaves, or not orthonormal; fewer than two batches.
       FloatingPointError: a gradient is not finite; names the batch.
 
-    Cost: one pass over the data, one gradient a batch, and reading the eigenvectors twice a batch. Memory: three
+    Cost: one pass over the data, one gradient a batch, and reading the eigenvectors twice a batch. Memory: four
     gradients; none is kept.
 
     Source: Gur-Ari, Roberts and Dyer (2018) and Ghorbani, Krishnan and Xiao (2019), for the question.
@@ -146,23 +146,38 @@ def gradient_covariance(
     one_vector(eigenspace)
     vectors, _ = _trees.as_block(eigenspace.vectors, hessian.like, "eigenspace.vectors")
     origin: PyTree = None
+    latest: tuple[int, PyTree, jax.Array] | None = None  # a batch in work: its number, gradient of its sum, count
     along: list[jax.Array] = []
     lengths: list[jax.Array] = []
 
-    def step(total: PyTree, batch: PyTree) -> tuple[PyTree, Report]:
+    def step(total: PyTree, index: int, piece: PyTree) -> tuple[PyTree, Report]:
+        nonlocal latest
+        hessian._check(piece)
+        gradient, report = _piece_gradient(hessian.loss, hessian.params, piece)
+        if latest is not None and latest[0] == index:
+            latest = index, _trees.add(latest[1], gradient), latest[2] + report.count
+            return total, report
+        total, latest = finish(total), (index, gradient, report.count)
+        return total, report
+
+    def finish(total: PyTree) -> PyTree:
+        """The total with the latest batch, of which no more will come."""
         nonlocal origin
-        hessian._check(batch)
-        gradient, report = _batch_gradient(hessian.loss, hessian.params, batch)
+        if latest is None:
+            return total
+        _, gradient, count = latest
+        gradient = _mean(gradient, count)
         # Squares of g_b less the square of g would cancel where the noise is small beside g, and g is not known before
         # the pass ends. The covariance is the same from any origin; the first batch's gradient is close to all others.
         origin = gradient if origin is None else origin
-        total, parts, length = _add_deviation(total, gradient, origin, vectors, report.count)
+        total, parts, length = _add_deviation(total, gradient, origin, vectors, count)
         along.append(parts)
         lengths.append(length)
-        return total, report
+        return total
 
     with jax.default_matmul_precision(precision):
         total, reports = hessian._passes.accumulate(step, jax.tree.map(jnp.zeros_like, hessian.params))
+        total = finish(total)
     num_examples = total_count(reports, "the gradient")
     counts = np.array([report.count.item() for report in reports], float)
     num_batches = int(np.sum(counts > 0))
@@ -189,16 +204,21 @@ def gradient_covariance(
 
 
 @jax.jit
-def _batch_gradient(loss: Loss, params: PyTree, batch: PyTree) -> tuple[PyTree, Report]:
-    """(gradient of the batch's mean loss, zero for an empty batch; what the batch was)."""
+def _piece_gradient(loss: Loss, params: PyTree, piece: PyTree) -> tuple[PyTree, Report]:
+    """(gradient of the sum of the losses, what the piece was)."""
 
     def value(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        return batch_total(loss, params, batch)
+        return batch_total(loss, params, piece)
 
-    (batch_sum, count), gradient = jax.value_and_grad(value, has_aux=True)(params)
+    (piece_sum, count), gradient = jax.value_and_grad(value, has_aux=True)(params)
+    return gradient, Report(piece_sum, count, _trees.all_finite(gradient))
+
+
+@jax.jit
+def _mean(gradient: PyTree, count: jax.Array) -> PyTree:
+    """Gradient of the mean loss from that of the sum; zero for an empty batch."""
     divisor = jnp.where(count > 0, count, jnp.ones_like(count))
-    mean = jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), gradient)
-    return mean, Report(batch_sum, count, _trees.all_finite(gradient))
+    return jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), gradient)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import re
 from collections.abc import Callable
@@ -13,20 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _trees
+from ._identity import fingerprint
+from ._products import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, group_size, refuses_forward, temporary_bytes
+from ._products import add_products as _add_products
 from ._selection import Where, select
 from .data import Passes, Report, total_count
-from .losses import Loss, batch_total, check_loss, mean_gradient
+from .losses import Loss, check_loss, is_whole, mean_gradient
+from .placement import Placement
 
 PyTree = Any
 logger = logging.getLogger("hessdensity")
-
-FORWARD_OVER_REVERSE = "forward-over-reverse"
-REVERSE_OVER_REVERSE = "reverse-over-reverse"
-
-_GROUP = 4  # vectors a compiled product: they share the primal computation, but the program grows with each
 
 
 class Hessian:
@@ -38,7 +35,8 @@ class Hessian:
 
     Args:
       loss: ``loss(params, batch)``, the mean over the batch's examples, or `Total` where examples are masked or
-        weighted.
+        weighted. Batches may be cut into pieces. If examples of a batch depend on each other (batch statistics), tell
+        so by an attribute, ``loss.whole_batch = True``, as the adapters do; then they are not.
       params: pytree of parameters. float16 and bfloat16 leaves become float32 here (their tangents must be); a model
         that computes in a shorter dtype goes on doing so.
       data: batches that can be iterated twice: a list, `batches`, a loader object, a function returning an iterator.
@@ -46,14 +44,23 @@ class Hessian:
         a predicate on the path. All by default.
       precision: matrix-product precision, as for ``jax.default_matmul_precision``. Accelerators otherwise shorten
         float32 products, an error of 1e-3 in H v. A ``precision=`` written in the model wins over it.
+      data_axis: the axis of the parameters' mesh over which the examples of a batch are split; what it does not divide
+        goes to every device. None, or a mesh without that axis: batches go to every device whole. Arrays that you have
+        placed stay where they are. In several processes a batch is the rows of them all, each giving its own.
+      microbatch: most examples of a batch that go through the model at once, per process (one a device at least): less
+        memory, the same sums.
 
     Raises:
       TypeError: data that cannot be iterated twice; a selected leaf that is not real.
-      ValueError: ``where`` matches nothing; an unknown ``precision``.
+      ValueError: ``where`` matches nothing; an unknown ``precision``; ``microbatch`` with a loss of whole batches.
+      ValueError (in a product): params and a batch on different devices; a batch that must not be cut, but does not
+        divide evenly; processes whose batches do not fit together.
       RuntimeError (in a product): the data differ from the first pass's.
       FloatingPointError (in a product): a product is not finite; names the batch.
 
     Cost: a product with k vectors is one pass over the data; memory k vectors beside the model's own for k tangents.
+    ``jax.checkpoint`` around the blocks of a model trades activations for further forward passes and changes nothing
+    else (on CPU in scanned blocks only: there the compiler undoes it in others).
 
     Example:
       >>> loss = lambda w, batch: jnp.mean(jnp.sum(batch * w, axis=1) ** 2)
@@ -63,11 +70,20 @@ class Hessian:
     """
 
     def __init__(
-        self, loss: Loss, params: PyTree, data: Any, *, where: Where = None, precision: str | None = "highest"
+        self,
+        loss: Loss,
+        params: PyTree,
+        data: Any,
+        *,
+        where: Where = None,
+        precision: str | None = "highest",
+        data_axis: str | None = "data",
+        microbatch: int | None = None,
     ) -> None:
         _check_precision(precision)
         params = _trees.auto_axes(params)
-        data = data if isinstance(data, Passes) else Passes(data, _placement(params))
+        if not isinstance(data, Passes):
+            data = Passes(data, Placement(params, data_axis, microbatch, is_whole(loss)))
         selection = select(params, where)
         selected, held = selection.split(params)
         self.params = jax.tree.map(_differentiable, _trees.named(selected), selected)
@@ -105,8 +121,7 @@ class Hessian:
         try:
             return self._multiply(block, self.mode, num_parts)
         except TypeError as error:
-            # Only JAX's own refusal: a TypeError may as well be the user's.
-            if "forward-mode" not in str(error) or "custom_vjp" not in str(error):
+            if not refuses_forward(error):
                 raise
             product, counts = self._multiply(block, REVERSE_OVER_REVERSE, num_parts)
             self._check_symmetry(block, product, error, num_parts)
@@ -136,19 +151,38 @@ class Hessian:
             "kind": "Hessian",
             "mode": self.mode,
             "precision": self.precision,
-            "params": _trees.fingerprint((self.params, self.loss)),
+            "params": self._fingerprint,
             "where": _trees.paths(self.like),
             **self._passes.describe(),
         }
 
+    def temporary_bytes(self, num_vectors: int) -> int:
+        """Bytes on each device that a product with ``num_vectors`` takes beside its arguments and results.
+
+        Activations above all, of the largest piece of the first batch, as the compiler says. The product itself then
+        has nothing left to compile. Reads one batch.
+        """
+        _, piece = next(iter(self._passes))
+        self._check(piece)
+        with jax.default_matmul_precision(self.precision):
+            try:
+                return temporary_bytes(self.loss, self.params, self.like, num_vectors, piece, self.mode)
+            except TypeError as error:
+                if not refuses_forward(error):
+                    raise
+                return temporary_bytes(self.loss, self.params, self.like, num_vectors, piece, REVERSE_OVER_REVERSE)
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint((self.params, self.loss))
+
     def _multiply(self, block: PyTree, mode: str, num_parts: int = 1) -> tuple[PyTree, list[int | float]]:
         size = jax.tree.leaves(block)[0].shape[0] // num_parts
-        parts = [_trees.split(part, _GROUP) for part in _trees.split(block, size)]
-        turns = itertools.cycle(range(num_parts))
+        parts = [_trees.split(part, group_size(self.like)) for part in _trees.split(block, size)]
 
-        def step(totals: list[list[PyTree]], batch: PyTree) -> tuple[list[list[PyTree]], Report]:
-            turn = next(turns)
-            totals[turn], report = self._add(parts[turn], totals[turn], batch, mode)
+        def step(totals: list[list[PyTree]], index: int, piece: PyTree) -> tuple[list[list[PyTree]], Report]:
+            turn = index % num_parts
+            totals[turn], report = self._add(parts[turn], totals[turn], piece, mode)
             return totals, report
 
         self._refuse_shuffled(num_parts)
@@ -168,7 +202,7 @@ class Hessian:
         return _trees.join(means), counts
 
     def _pass(
-        self, step: Callable[[Any, PyTree], tuple[Any, Report]], total: Any, rerun: Callable[[], float]
+        self, step: Callable[[Any, int, PyTree], tuple[Any, Report]], total: Any, rerun: Callable[[], float]
     ) -> tuple[Any, list[Report]]:
         """One pass over the data, checked against the first: the last total, and the reports."""
         with jax.default_matmul_precision(self.precision):
@@ -177,11 +211,11 @@ class Hessian:
             self._passes.record(reports, rerun)
         return total, reports
 
-    def _add(self, groups: list[PyTree], totals: list[PyTree], batch: PyTree, mode: str) -> tuple[list[PyTree], Report]:
-        """The totals with one batch's products."""
-        self._check(batch)
+    def _add(self, groups: list[PyTree], totals: list[PyTree], piece: PyTree, mode: str) -> tuple[list[PyTree], Report]:
+        """The totals with the products of one piece of a batch."""
+        self._check(piece)
         pairs = zip(groups, totals, strict=True)
-        results = [_add_products(self.loss, self.params, group, total, batch, mode=mode) for group, total in pairs]
+        results = [_add_products(self.loss, self.params, group, total, piece, mode=mode) for group, total in pairs]
         reports = [report for _, report in results]
         finite = functools.reduce(jnp.logical_and, [report.finite for report in reports])
         return [total for total, _ in results], reports[0]._replace(finite=finite)
@@ -201,10 +235,10 @@ class Hessian:
             self._checked.add(shapes)
 
     def _spread(self, group: PyTree, mode: str) -> float:
-        """How far the first batch's loss is from itself when it is run twice."""
-        batch = next(iter(self._passes))
+        """How far the loss of the first piece of data is from itself when it is run twice."""
+        _, piece = next(iter(self._passes))
         totals = (jax.tree.map(jnp.zeros_like, group) for _ in range(2))
-        first, second = (_add_products(self.loss, self.params, group, total, batch, mode=mode)[1] for total in totals)
+        first, second = (_add_products(self.loss, self.params, group, total, piece, mode=mode)[1] for total in totals)
         return abs(first.total.item() - second.total.item()) / (first.count.item() or 1)
 
     def _check_symmetry(self, block: PyTree, product: PyTree, cause: TypeError, num_parts: int) -> None:
@@ -216,38 +250,13 @@ class Hessian:
         left, right = np.asarray(_trees.inner(block, again)), np.asarray(_trees.inner(product, product))
         size = np.asarray(_trees.norm(block) * _trees.norm(again)) + right
         if np.any(np.abs(left - right) > 0.05 * size):
-            batch = next(iter(self._passes))
+            _, batch = next(iter(self._passes))
             rules = re.findall(r"custom_vjp_call\S*\s+name=(\w+)", str(jax.make_jaxpr(self.loss)(self.params, batch)))
             raise ValueError(
                 f"loss: a custom_vjp rule in the model ({', '.join(sorted(set(rules)))}) is not the derivative of a "
                 f"differentiable gradient, so that there is no Hessian: v.H(Hv) = {left} but Hv.Hv = {right}. Leave "
                 "the rule out of the loss, or use a plain JAX implementation of the operation."
             ) from cause
-
-
-@partial(jax.jit, static_argnames="mode", donate_argnames="total")
-def _add_products(
-    loss: Loss, params: PyTree, block: PyTree, total: PyTree, batch: PyTree, *, mode: str
-) -> tuple[PyTree, Report]:
-    """(total + the products of a block with the Hessian of one batch's sum, what the batch was)."""
-
-    def gradient(params: PyTree) -> tuple[PyTree, tuple[jax.Array, jax.Array]]:
-        (batch_sum, count), gradient = jax.value_and_grad(lambda p: batch_total(loss, p, batch), has_aux=True)(params)
-        return gradient, (batch_sum, count)
-
-    if mode == FORWARD_OVER_REVERSE:
-        _, multiply, (batch_sum, count) = jax.linearize(gradient, params, has_aux=True)
-    else:
-        _, pullback, (batch_sum, count) = jax.vjp(gradient, params, has_aux=True)
-
-        def multiply(vector: PyTree) -> PyTree:
-            return pullback(vector)[0]
-
-    # Not vmap: it turns the tangents of convolution kernels into batched convolutions, twice to three times the time
-    # and 1.7 times the memory of the same products one by one, which share the primal computation all the same.
-    vectors = _trees.split(block, 1)
-    products = _trees.join([jax.tree.map(lambda leaf: leaf[None], multiply(_trees.first_vector(v))) for v in vectors])
-    return _trees.add(total, products), Report(batch_sum, count, _trees.all_finite(products))
 
 
 def _as_partial(loss: Loss) -> jax.tree_util.Partial:
@@ -283,11 +292,3 @@ def _differentiable(name: str, leaf: Any) -> jax.Array:
             f"where=lambda path: path != {name!r}."
         )
     return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
-
-
-def _placement(params: PyTree) -> Any:
-    """Where host batches go: replicated on the parameters' mesh, else to their device, else to the default one."""
-    arrays = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(_trees.abstract(arrays))]
-    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
-    return NamedSharding(meshes[0], PartitionSpec()) if meshes else (shardings or [None])[0]

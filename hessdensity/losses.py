@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from . import _trees
-from .data import Passes, Report, leading_lengths, total_count
+from .data import Passes, Report, total_count
+from .placement import leading_lengths
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree], Any]
@@ -84,9 +85,20 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
         raise ValueError(refusal)
 
 
+def is_whole(loss: Any) -> bool:
+    """Whether a loss says, by an attribute ``whole_batch = True``, that its batches must not be cut."""
+    while isinstance(loss, partial) and not hasattr(loss, "whole_batch"):
+        loss = loss.func
+    return bool(getattr(loss, "whole_batch", False))
+
+
 def mean_gradient(loss: Loss, params: PyTree, passes: Passes) -> PyTree:
     """Gradient of the mean loss over all the data, like ``params``. One pass, one gradient a batch."""
-    total, reports = passes.accumulate(partial(_add_gradient, loss, params), _trees.zeros(_trees.abstract(params)))
+
+    def step(total: PyTree, _: int, piece: PyTree) -> tuple[PyTree, Report]:
+        return _add_gradient(loss, params, total, piece)
+
+    total, reports = passes.accumulate(step, _trees.zeros(_trees.abstract(params)))
     count = total_count(reports, "the gradient")
     return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from importlib.metadata import version
-from typing import Any
+import contextlib
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from . import _basis, _trees, accuracy, deflation, lanczos
-from .density import CONVERGED, SpectralDensity
-from .eigenspaces import Eigenspace
-from .operators import Operator, check, describe
-from .quadrature import Tridiagonal
-
-logger = logging.getLogger("hessdensity")
-
-_DEFLATION = 2**31  # its start vector's number: no probe ever bears it
+from . import lanczos, planning
+from ._density_run import DensityRun
+from ._failures import explained
+from ._identity import signature
+from ._resume import Steps
+from .density import SpectralDensity
+from .operators import Operator, check
 
 
 def spectral_density(
@@ -30,7 +26,10 @@ def spectral_density(
     deflation_steps: int = 90,
     tolerance: float | None = None,
     max_matvecs: int | None = None,
+    basis: str | None = None,
+    probes_at_once: int | None = None,
     keep_eigenspace: bool = False,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> SpectralDensity:
     """Estimate the distribution of an operator's eigenvalues, by Lanczos quadrature with Krylov deflation.
@@ -55,8 +54,20 @@ def spectral_density(
         the deflation, and a pair (probes, steps) for each group of probes).
       max_matvecs: products at which a run for a tolerance gives up, and says so; by default ten times what it would
         cost without a tolerance.
+      basis: where the Lanczos bases are kept. ``"device"``: on the devices, sharded as the parameters are. ``"host"``:
+        in the host's memory, each chunk of 8 vectors moved to the devices in every step; the result is the same bit
+        for bit. ``"none"``: nowhere; of each probe three vectors remain. There is then no deflation run: the probes
+        share its steps, and eigenvalues that they find go to weight 1/n (implicit deflation); but without
+        reorthogonalisation each is found again and again, in steps that find nothing else
+        (`deflation.merge_ghosts`). By default the first that fits (`planning.plan` has the table).
+      probes_at_once: probes that go through the data together. Fewer than num_probes need less memory and more passes.
+        By default as many as fit.
       keep_eigenspace: hand out the deflated Ritz vectors as ``density.eigenspace``, those that converged marked. They
         cost no product, and the memory of m0 vectors for as long as the density lives.
+      checkpoint: a folder. Every step is saved there (its vectors and scalars: in all the basis once), and a later call
+        with the same arguments goes on from it, in the middle of a probe, on any number of devices: after Ctrl-C, after
+        SIGTERM, which ends the process within seconds, or after a crash. The result is that of an undisturbed run, bit
+        for bit where the operator's products are; another number of devices changes it by rounding.
       progress: show a bar of products done, their rate and the time left, on standard error.
 
     Returns:
@@ -65,12 +76,15 @@ def spectral_density(
     Raises:
       TypeError: ``operator`` is none, or ``key`` is no key.
       ValueError: a number of steps or probes that is none; the operator turns out not to be symmetric.
+        The checkpoint is none, or of other params, data, key or settings; names what differs.
+      RuntimeError: data that are shuffled, with a checkpoint; another process died.
+      MemoryError: out of memory; shows what would fit.
       lanczos.NonFiniteProduct: a product is not finite; its ``partial`` is the density from the steps before, if any.
 
     The defaults, 180 products, come from the benchmark deflation.
 
-    Cost: m0 + k m products, in m0 + m passes over the data. Memory: m0 + k (m + 4) vectors for the bases, which keep
-    the recurrences orthogonal.
+    Cost: m0 + k m products, in m0 + m passes over the data, if all probes go through them together. Memory: m0 + k (m +
+    4) vectors, with basis="none" 4 k.
 
     Example:
       >>> import hessdensity as hd
@@ -80,9 +94,27 @@ def spectral_density(
       True
     """
     check(operator, key)
-    _check(num_steps, num_probes, deflation_steps, tolerance, max_matvecs, keep_eigenspace)
-    run = _Run(operator, key, num_steps, num_probes, deflation_steps, keep_eigenspace)
-    with run.bar(progress):
+    planning.check_settings(num_steps, num_probes, deflation_steps)
+    _check_effort(tolerance, max_matvecs)
+    _check_memory(basis, probes_at_once, keep_eigenspace, deflation_steps)
+    settings = {
+        "computation": "spectral_density",
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+        "num_steps": num_steps,
+        "num_probes": num_probes,
+        "deflation_steps": deflation_steps,
+        "tolerance": tolerance,
+        "max_matvecs": max_matvecs,
+        "vectors": signature(operator.like),
+    }
+    steps = Steps(checkpoint, operator, settings)
+    layout = _lay_out(operator, num_steps, num_probes, deflation_steps, basis, probes_at_once, steps)
+    run = DensityRun(operator, key, num_steps, num_probes, deflation_steps, layout, steps, progress)
+
+    def table() -> str:
+        return str(planning.plan(operator, num_steps, num_probes, deflation_steps=deflation_steps, timed=False))
+
+    with contextlib.closing(run), steps.kept(), explained(table, checkpoint):
         try:
             run.deflate()
             run.add_probes(num_probes)
@@ -95,169 +127,50 @@ def spectral_density(
             if not run.num_matvecs:
                 raise
             run.stop(f"interrupted after {run.num_matvecs} products")
-    return run.answer()
+    return run.answer(keep_eigenspace)
 
 
-class _Run:
-    """A computation under way: states that are complete after every step, so that it can be stopped at any."""
-
-    def __init__(
-        self, operator: Operator, key: jax.Array, num_steps: int, num_probes: int, deflation_steps: int, keep: bool
-    ) -> None:
-        self._operator, self._key, self._keep = operator, key, keep
-        self._num_steps = num_steps
-        self._dimension = _trees.size(operator.like)
-        self._deflation_steps = min(deflation_steps, self._dimension)
-        self._planned = self._deflation_steps + num_probes * min(num_steps, self._dimension - self._deflation_steps)
-        self._deflation: list[lanczos.LanczosState] = []  # none or one
-        self._groups: list[lanczos.LanczosState] = []  # probes that go through the data together
-        self._stopped: str | None = None
-        self._start = time.perf_counter()
-        self._bar: Any = None
-
-    def bar(self, progress: bool) -> Any:
-        """The progress bar, a context manager; it counts products."""
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=self._planned, desc="spectral density", unit="HVP", disable=not progress)
-        return self._bar
-
-    @property
-    def num_matvecs(self) -> int:
-        """Products done."""
-        return sum(state.diagonal.size for state in self._deflation + self._groups)
-
-    def deflate(self) -> None:
-        """The run whose basis the probes avoid."""
-        if self._deflation_steps:
-            start = _trees.random_block(self._key, _DEFLATION, 1, self._operator.like)
-            self._deflation.append(lanczos.init(start, self._deflation_steps))
-            self._advance(self._deflation)
-
-    def add_probes(self, count: int) -> None:
-        """``count`` more probes of as many steps as those before, in one pass over the data."""
-        first = sum(len(group.diagonal) for group in self._groups)
-        against = None
-        for state in self._deflation:
-            (run,) = _tridiagonals(state)
-            against = lanczos.Basis(state.basis, run.length, float(np.abs(run.eigh()[0]).max()))
-            if against.size == self._dimension:
-                return  # every eigenvalue is known
-        start = _trees.random_block(self._key, first, count, self._operator.like)
-        self._groups.append(lanczos.init(start, self._num_steps, against))
-        self._advance(self._groups)
-
-    def _advance(self, states: list[lanczos.LanczosState]) -> None:
-        """Do the steps that are left of the last of the states."""
-        for state in lanczos.iterate(self._operator, states[-1]):
-            states[-1] = state
-            self._bar.update(len(state.diagonal))
-
-    def refine(self, tolerance: float, max_matvecs: int | None) -> None:
-        """More probes, or more steps of all probes, whichever error is larger, until the estimated one is small."""
-        limit = 10 * self._planned if max_matvecs is None else max_matvecs
-        while (error := self._accuracy()).total > tolerance:
-            count = sum(len(group.diagonal) for group in self._groups)
-            more_probes = error.probes >= error.quadrature
-            if more_probes:
-                # The noise falls as 1/sqrt(k): as many as bring it to what is left for it, at most twice as many.
-                left = max(tolerance - error.quadrature - error.coupling, tolerance / 2)
-                more = int(np.clip(np.ceil(count * (error.probes / left) ** 2) - count, 1, count))
-                cost = more * self._num_steps
-            else:
-                more = -(-self._num_steps // 4)
-                cost = more * count
-            why = f"max_matvecs={limit} allow no more" if self.num_matvecs + cost > limit else None
-            if error.coupling >= tolerance:
-                why = f"{error.coupling:.2g} of it is deflation's coupling; begin with more deflation_steps, or 0"
-            if why:
-                self.stop(f"the estimated error is {error.total:.2g}, tolerance={tolerance:g}: {why}")
-                return
-            self._bar.total = self.num_matvecs + cost
-            if more_probes:
-                self.add_probes(more)
-            else:
-                self._num_steps += more
-                self._lengthen()
-
-    def _lengthen(self) -> None:
-        """Bring every group to the present number of steps, one after the other."""
-        for _ in range(len(self._groups)):
-            self._groups.append(lanczos.extend(self._groups.pop(0), self._num_steps))
-            self._advance(self._groups)
-
-    def stop(self, reason: str) -> None:
-        """Note why this is all there is."""
-        self._stopped = reason
-        logger.warning("spectral_density: %s; this is the density from the products done.", reason)
-
-    def _parts(self) -> tuple[Tridiagonal | None, list[Tridiagonal]]:
-        """The tridiagonal matrices as far as they go: of the deflation, and of the probes."""
-        run = [t for state in self._deflation if state.diagonal.size for t in _tridiagonals(state)]
-        probes = [t for state in self._groups if state.diagonal.size for t in _tridiagonals(state)]
-        return run[0] if run else None, probes
-
-    def _accuracy(self) -> accuracy.Accuracy:
-        return accuracy.estimate(*self._parts(), self._dimension)
-
-    def answer(self) -> SpectralDensity:
-        """The density that the products done so far give."""
-        run, probes = self._parts()
-        error = self._accuracy()
-        description = {
-            "operator": describe(self._operator),
-            "num_steps": max((t.diagonal.size for t in probes), default=0),
-            "num_probes": len(probes),
-            "deflation_steps": run.diagonal.size if run else 0,
-            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
-            "error": {**error._asdict(), "total": error.total},
-            "spent": {
-                "deflation": run.diagonal.size if run else 0,
-                "probes": [list(group.diagonal.shape) for group in self._groups],
-            },
-            "seconds": time.perf_counter() - self._start,
-            "stopped": self._stopped,
-            "versions": {package: version(package) for package in ("hessdensity", "jax", "numpy")},
-        }
-        rules = deflation.combine(run, probes, self._dimension)
-        eigenspace = self._eigenspace() if self._keep and run else None
-        return SpectralDensity(rules, self._dimension, self.num_matvecs, description, eigenspace)
-
-    def _eigenspace(self) -> Eigenspace:
-        """The Ritz pairs of the deflation, descending."""
-        (state,) = self._deflation
-        (run,) = _tridiagonals(state)
-        values, vectors = run.eigh()
-        residuals = run.residuals(vectors)
-        converged = residuals <= CONVERGED * np.abs(values).max()
-        block = _basis.combine(state.basis, vectors.T[::-1], self._operator.like)
-        spent = run.diagonal.size
-        about = {"operator": describe(self._operator), "stopped": self._stopped}
-        return Eigenspace(values[::-1], block, residuals[::-1], converged[::-1], spent, spent, about)
-
-
-def _tridiagonals(state: lanczos.LanczosState) -> list[Tridiagonal]:
-    parts = state.diagonal, state.off_diagonal, state.outside, state.noise
-    return [Tridiagonal(*part) for part in zip(*parts, strict=True)]
-
-
-def _check(
+def _lay_out(
+    operator: Operator,
     num_steps: int,
     num_probes: int,
     deflation_steps: int,
-    tolerance: float | None,
-    max_matvecs: int | None,
-    keep_eigenspace: bool,
-) -> None:
-    sizes = {"num_steps": (num_steps, 1), "num_probes": (num_probes, 1), "deflation_steps": (deflation_steps, 0)}
-    if max_matvecs is not None:
-        sizes["max_matvecs"] = (max_matvecs, 1)
-    for name, (value, least) in sizes.items():
-        if not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name}={value!r}, expected a whole number of at least {least}.")
+    basis: str | None,
+    probes_at_once: int | None,
+    steps: Steps,
+) -> planning.Choice:
+    """Where the bases are kept; as in the checkpoint, as far as the products depend on it."""
+    bases: tuple[str, ...] = lanczos.TIERS if basis is None else (basis,)
+    if steps.decisions:
+        kept, at_once = steps.decisions["basis kept"], steps.decisions["probes_at_once"]
+        bases = tuple(each for each in bases if (each != "none") == kept)
+        if not bases or probes_at_once not in (None, at_once):
+            raise ValueError(
+                f"basis={basis!r}, probes_at_once={probes_at_once!r}: the checkpoint's run "
+                f"{'kept a basis' if kept else 'kept no basis'}, with {at_once} probes at once. Leave both out, or "
+                "give another folder."
+            )
+        probes_at_once = at_once
+    choice = planning.choose(operator, num_steps, num_probes, deflation_steps, bases, probes_at_once)
+    steps.decisions = {"basis kept": choice.basis != "none", "probes_at_once": choice.probes_at_once}
+    return choice
+
+
+def _check_effort(tolerance: float | None, max_matvecs: int | None) -> None:
     if tolerance is not None and not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance}, expected a W1 distance over the spectrum's range, such as 1e-4.")
     if max_matvecs is not None and tolerance is None:
         raise ValueError("max_matvecs is given without tolerance=; the settings fix the number of products then.")
+    if max_matvecs is not None and (not isinstance(max_matvecs, int | np.integer) or max_matvecs < 1):
+        raise ValueError(f"max_matvecs={max_matvecs!r}, expected a whole number of at least 1.")
+
+
+def _check_memory(basis: str | None, probes_at_once: int | None, keep_eigenspace: bool, deflation_steps: int) -> None:
+    if basis not in (None, *lanczos.TIERS):
+        raise ValueError(f"basis={basis!r}, expected 'device', 'host', 'none', or None for what fits.")
+    if probes_at_once is not None and (not isinstance(probes_at_once, int | np.integer) or probes_at_once < 1):
+        raise ValueError(f"probes_at_once={probes_at_once!r}, expected a whole number of at least 1, or None.")
     if keep_eigenspace and not deflation_steps:
         raise ValueError("keep_eigenspace=True needs deflation: deflation_steps=0 finds no eigenspace.")
+    if keep_eigenspace and basis == "none":
+        raise ValueError("keep_eigenspace=True needs a basis: give basis='device' or 'host', not 'none'.")

@@ -467,7 +467,7 @@ def test_new_parameters_compile_nothing():
         hd.gradient_concentration(gradient, space)
         hd.spectral_measure(operator, gradient, 5, progress=False)
         hd.gradient_covariance(loss, params, data, space)
-        kernels = _projection._components, gradient_noise._batch_gradient, gradient_noise._add_deviation
+        kernels = _projection._components, gradient_noise._piece_gradient, gradient_noise._add_deviation
         return [kernel._cache_size() for kernel in (*kernels, hessian._add_products)]
 
     assert measure(params) == measure(jax.tree.map(lambda leaf: 2 * leaf, params))

@@ -170,6 +170,7 @@ def test_a_custom_vjp_that_is_the_true_gradient_goes_reverse_over_reverse_and_is
     x = jnp.asarray(np.random.default_rng(0).standard_normal((20, 4)), jnp.float32)
     params = jnp.asarray(np.random.default_rng(1).standard_normal((4, 3)) * 0.3, jnp.float32)
     hessian = hd.Hessian(functools.partial(with_rule, cube), params, hd.batches(x, 9))
+    assert hessian.temporary_bytes(1) > 0  # before any product has told the mode
     exact = dense_hessian(functools.partial(with_rule, lambda z: z**3), params, x)
     with caplog.at_level(logging.WARNING, logger="hessdensity"):
         matrix = hd.dense(hessian, block_size=5)
@@ -247,3 +248,56 @@ def test_counts_that_add_up_to_nothing_are_refused():
     hessian = hd.Hessian(lambda w, x: hd.Total(jnp.sum(x @ w), 0), jnp.ones(3), [jnp.ones((2, 3))])
     with pytest.raises(ValueError, match="counts of all batches add up to 0"):
         hessian @ jnp.ones(3)
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def deep(checkpoint):
+    """A residual network of 16 narrow blocks, whose activations are much larger than its weights.
+
+    Scanned: the compiler's CPU backend puts together again what `jax.checkpoint` has doubled in layers side by side.
+    """
+
+    def block(x, w):
+        return x + jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None
+
+    block = jax.checkpoint(block, prevent_cse=False) if checkpoint else block
+    return lambda params, x: jnp.mean(jax.lax.scan(block, x, params)[0] ** 2)
+
+
+def test_rematerialisation_changes_the_memory_and_nothing_else():
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32) for shape in ((16, 8, 32), (16, 32, 8))]
+    x = rng.standard_normal((1000, 8)).astype(np.float32)
+    plain, saving = (hd.Hessian(deep(checkpoint), params, [x]) for checkpoint in (False, True))
+    ours, theirs = (room._trees.ravel([leaf[None] for leaf in hessian @ params]) for hessian in (saving, plain))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert saving.temporary_bytes(1) < 0.5 * plain.temporary_bytes(1)
+
+
+def test_the_temporary_bytes_are_those_of_the_largest_piece_and_cost_no_compilation():
+    loss, params, batch = mlp(np.float32, examples=512)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **about: compiled.append(event) if "add_products" in str(about) else None
+    )
+    try:
+        whole, cut = (hd.Hessian(loss, params, [batch], microbatch=size) for size in (None, 64))
+        assert cut.temporary_bytes(2) < whole.temporary_bytes(2) / 4
+        assert whole.temporary_bytes(100) == whole.temporary_bytes(4)  # four vectors a program
+        compiled.clear()
+        whole @ room._trees.random_block(jax.random.key(0), 0, 2, whole.like)
+        cut @ room._trees.random_block(jax.random.key(0), 0, 2, cut.like)
+        assert not compiled
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_the_fingerprint_is_taken_once(monkeypatch):
+    loss, params, batch = mlp(np.float32)
+    calls, original = [], room.fingerprint
+    monkeypatch.setattr(room, "fingerprint", lambda tree: calls.append(tree) or original(tree))
+    hessian = hd.Hessian(loss, params, [batch])
+    assert hessian.describe() == hessian.describe()
+    assert len(calls) == 1
