@@ -83,7 +83,8 @@ def _cores() -> int:
 
 def save(question: str, result: Any) -> Path:
     """Write `result` (anything JSON holds), its command and environment to results/<machine>/<question>.json."""
-    facts = environment()
+    written = record(question, result)
+    facts = written["environment"]
     if facts["platform"] == "cpu":
         machine = f"cpu {facts['cpu']} {facts['cores']} cores"
     else:
@@ -91,9 +92,13 @@ def save(question: str, result: Any) -> Path:
     slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     path = ROOT / "benchmarks" / "results" / slug / f"{question}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"question": question, "command": _command(), "environment": facts, "result": result}
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(written, indent=2) + "\n")
     return path
+
+
+def record(question: str, result: Any) -> dict[str, Any]:
+    """`result` with its question, command and environment."""
+    return {"question": question, "command": _command(), "environment": environment(), "result": result}
 
 
 def _command() -> str:

@@ -1,19 +1,18 @@
-"""The CIFAR ResNet of He and others (2016), any part of it left out at will, and a reader for PyTorch's weights.
+"""The CIFAR ResNet of He and others (2016), any part of it left out at will.
 
 Submodules bear PyTorch's names (`layer1.0.conv1` is `layer1_0/conv1`), so that reading weights is a renaming.
 """
 
-import re
 from collections.abc import Callable
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+
+from benchmarks.models.weights import load_weights as load_weights
 
 CHANNEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 CHANNEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -93,30 +92,6 @@ def _norm(normalise: bool, use_running_average: bool) -> Callable[..., Any]:
     if not normalise:
         return lambda name: lambda x: x
     return partial(nn.BatchNorm, use_running_average=use_running_average, momentum=0.9)
-
-
-def load_weights(path: str | PathLike) -> dict:
-    """Trained variables {"params": ..., "batch_stats": ...} from a safetensors file in PyTorch's names and layouts."""
-    from safetensors.numpy import load_file
-
-    flat = {}
-    for name, array in load_file(path).items():
-        *modules, kind = re.sub(r"(layer\d)\.(\d+)", r"\1_\2", name).split(".")
-        match kind, array.ndim:
-            case "weight", 4:  # OIHW -> HWIO
-                leaf, array = ("params", *modules, "kernel"), array.transpose(2, 3, 1, 0)
-            case "weight", 2:  # (out, in) -> (in, out)
-                leaf, array = ("params", *modules, "kernel"), array.T
-            case "weight", 1:
-                leaf = ("params", *modules, "scale")
-            case "bias", 1:
-                leaf = ("params", *modules, "bias")
-            case "running_mean" | "running_var", 1:
-                leaf = ("batch_stats", *modules, kind.removeprefix("running_"))
-            case _:
-                raise ValueError(f"{name} of shape {array.shape} is no part of a CIFAR ResNet")
-        flat[leaf] = jnp.asarray(array)
-    return unflatten_dict(flat)
 
 
 def normalise(images: np.ndarray) -> jax.Array:
