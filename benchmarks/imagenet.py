@@ -5,6 +5,16 @@
 IMAGES is an ImageFolder's root (ROOT/WORDNET_ID/*.JPEG) or Parquet shards. The images are decoded once; every product
 then reads the same bytes in the same order. A killed run goes on where it was: the same command again. On a cluster,
 the same command with --distributed on every process.
+
+Answer (2026-11-21, 2 shared cores of an AMD EPYC, JAX 0.10.2), of
+
+    python benchmarks/imagenet.py --model squeezenet1_1 --weights ... --data ... --num-images 100 --batch-size 10 \\
+        --num-steps 40 --num-probes 1 --deflation-steps 40 --checkpoint ... --cache ...
+
+killed (kill -9) after 22 of its 80 products and given again: the trained SqueezeNet 1.1, top-1 62.0 % and top-5 82.0 %
+of 100 images of both shards, mean loss 1.652. Ten eigenvalues with residuals from 2.9e-4 to 2.4e-2: 259.5, 236.1,
+212.6, 199.1, 187.6, 183.9, 170.0, 161.9, 152.9, 148.8; smallest -23.2; trace 11986 +- 680. The second run took 1,288 s
+for 58 products, beside other work on the machine, and waited for the loader 0.1 % of the time.
 """
 
 import json

@@ -10,16 +10,16 @@ sharded gradient is an all-reduce for XLA's CPU compiler, a reduce-scatter for t
 Answer (2026-11-21, JAX 0.10.2; 1,012,830,208 weights in 15 sharded leaves), GB per device:
 
       devices   weights  one vector  of a basis   temporaries of the gradient    1 H v    2 H v    4 H v
-            1    4.0513      4.0513      4.0513                         29.06   219.96   235.97   260.18
-            8    0.5064      0.5064      0.5064                          4.81    32.70    35.56    40.80
-           64    0.0633      0.0633      0.0633                          1.66     8.66    10.08    12.91
+            1    4.0513      4.0513      4.0513                         29.06    48.39   235.97   260.18
+            8    0.5064      0.5064      0.5064                          4.81     8.80    35.56    40.80
+           64    0.0633      0.0633      0.0633                          1.66     2.49    10.08    12.91
 
 Vectors and basis fall 8.000 times from 1 to 8 devices. An update of Lanczos with the default settings sends scalars
 alone, 490 for every sharded leaf, k (num_steps + 2 deflation_steps) and a few: 57.9 kB a device of 64. A gradient sends
-13.45 GB a device of 8; products with 1, 2 and 4 vectors 2.16, 1.92 and 1.80 gradients a vector (2.25, 1.93, 1.77 with
-reduce-scatters), the same on 2 to 64 devices. For one vector that is above the 2.1 wanted: `jax.linearize` separates
-what belongs to the weights from what belongs to a vector, in loops of their own. The layers' weights are gathered once
-more, and between the loops lie whole on every device, beside all the activations that rematerialisation was to save.
+13.45 GB a device of 8; a program of 1, 2 and 4 products 1.95, 1.92 and 1.80 gradients a vector (1.96, 1.93, 1.77 with
+reduce-scatters), the same on 2 to 64 devices. The programs of 2 and 4 use `jax.linearize`, which keeps gathered weights
+and what rematerialisation was to save whole between its loops: hence their temporaries, and hence `Hessian` multiplies
+vector by vector where parameters are sharded. (One vector by `jax.linearize`: 2.16 gradients and 32.70 GB on 8.)
 
 Computed from the measured ratios, not run: with its basis (200 vectors and more) the default fits 141 GB for 7 B
 weights on 64 devices and for 70 B on 512; without, 80 GB for 7 B on 8, 70 B on 64 and 120 B on 64.
@@ -203,7 +203,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--devices"]:
-        print(json.dumps(one(int(sys.argv[2]))))
-    else:
-        main()
+    match sys.argv[1:]:
+        case []:
+            main()
+        case ["--devices", count]:
+            print(json.dumps(one(int(count))))
+        case unknown:
+            sys.exit(f"{' '.join(unknown)}: expected no arguments, or --devices N for one number of devices as JSON")

@@ -107,9 +107,10 @@ def combine(chunks: Iterable[PyTree], coefficients: np.ndarray, like: PyTree) ->
     for position, chunk in enumerate(chunks):
         rows = jax.tree.leaves(chunk)[0].shape[-2]
         part = coefficients[:, position * rows : (position + 1) * rows]
-        padded = np.pad(part, [(0, 0), (0, rows - part.shape[1])])
-        block = _subtract_combination(block, jnp.asarray(-padded, _trees.scalar_dtype(like)), chunk)
+        if np.any(part):
+            padded = np.pad(part, [(0, 0), (0, rows - part.shape[1])])
+            block = subtract_in_place(block, jnp.asarray(-padded, _trees.scalar_dtype(like)), chunk)
     return block
 
 
-_subtract_combination = partial(jax.jit, donate_argnums=0)(subtract_combination)
+subtract_in_place = partial(jax.jit, donate_argnums=0)(subtract_combination)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _basis, _trees
-from ._gram_schmidt import CHUNK
+from ._gram_schmidt import CHUNK, project_out
 
 PyTree = Any
 
@@ -182,8 +182,9 @@ class Factorisation:
         inside = rotation.T @ columns
         lost = columns - rotation @ inside
         dropped = kept.T @ self._dropped @ kept + lost.T @ lost
-        pieces = range(0, rotation.shape[1], CHUNK)
-        self._chunks = [_stack(self.combine(_padded(rotation[:, i : i + CHUNK]))) for i in pieces]
+        # Filled up with zeros to whole chunks: one shape, one program.
+        whole = np.pad(rotation, ((0, 0), (0, -rotation.shape[1] % CHUNK)))
+        self._chunks = [_stack(self.combine(whole[:, i : i + CHUNK])) for i in range(0, whole.shape[1], CHUNK)]
         total, count = rotation.shape[1], kept.shape[1]
         self.done = np.arange(total) < count
         self._matrix, self._dropped = np.zeros((total, total)), np.zeros((total, total))
@@ -192,13 +193,8 @@ class Factorisation:
 
     def combine(self, factors: np.ndarray) -> PyTree:
         """The block of k vectors Z factors, from (size of Z, k)."""
-        block = _trees.zeros(self.like, factors.shape[1])
         with jax.default_matmul_precision("highest"):
-            for index, chunk in enumerate(self._chunks):
-                rows = factors[index * CHUNK : (index + 1) * CHUNK]
-                if np.any(rows):
-                    block = _subtract_combination(block, self._device(_padded(-rows.T)), chunk)
-        return block
+            return _basis.combine(self._chunks, factors.T, self.like)
 
     def _orthonormalise(
         self, block: PyTree, lengths: np.ndarray, negligible: float
@@ -224,10 +220,8 @@ class Factorisation:
             if np.any(dead):
                 block = _replace(block, jnp.asarray(dead), self._draw(dead.size))
                 remainder = np.where(dead[:, None], 0.0, remainder)
-            parts = [_coefficients(chunk, block) for chunk in self._chunks]
-            for chunk, part in zip(self._chunks, parts, strict=True):
-                block = _subtract_combination(block, part, chunk)
-            removed = np.concatenate([np.zeros((dead.size, 0)), *map(_host, parts)], axis=1)[:, : self.size]
+            block, removed = project_out(block, self._chunks)
+            removed = removed[:, : self.size]
             along += removed.T @ remainder
             block, left = _unit(block)
             gram = _host(_gram(block))
@@ -267,13 +261,6 @@ def _host(array: jax.Array) -> np.ndarray:
     return np.asarray(array, float)
 
 
-def _padded(columns: np.ndarray) -> np.ndarray:
-    """Columns filled up with zeros to a chunk's number: one shape, one program."""
-    return np.pad(columns, ((0, 0), (0, CHUNK - columns.shape[1])))
-
-
-_coefficients = jax.jit(_basis.coefficients)
-_subtract_combination = partial(jax.jit, donate_argnums=0)(_basis.subtract_combination)
 _stack = jax.jit(_basis.stack)
 
 

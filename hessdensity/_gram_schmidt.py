@@ -7,6 +7,7 @@ orthogonalised against. The first two do the same arithmetic in the same order, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np
         before = after
 
 
-def project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.ndarray]:
+def project_out(block: PyTree, chunks: Sequence[PyTree]) -> tuple[PyTree, np.ndarray]:
     """(the block less its parts along all basis vectors, those parts (k, CHUNK times the chunks) in float64).
 
     Chunk by chunk, each read for its coefficients and for what it takes away before the next: one that waits on the
@@ -69,7 +70,7 @@ def project_out(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np.n
     for chunk in chunks:
         near = on_device(chunk)
         parts.append(_coefficients(near, block))
-        block = _subtract_combination(block, parts[-1], near)
+        block = _basis.subtract_in_place(block, parts[-1], near)
     count = jax.tree.leaves(block)[0].shape[0]
     return block, np.concatenate([np.zeros((count, 0)), *(on_host(part).astype(float) for part in parts)], axis=1)
 
@@ -122,7 +123,6 @@ def on_device(chunk: PyTree) -> PyTree:
 
 norm = jax.jit(_trees.norm)
 _coefficients = jax.jit(_basis.coefficients)
-_subtract_combination = partial(jax.jit, donate_argnums=0)(_basis.subtract_combination)
 _first_row = jax.jit(partial(_basis.chunk, rows=CHUNK))
 _write_row = partial(jax.jit, donate_argnums=0)(_basis.write_row)
 

@@ -347,7 +347,7 @@ def test_sharded_vectors_keep_their_shards_and_give_the_same_pairs(key, monkeypa
 
 def test_compilation_does_not_grow_with_the_steps(key):
     operator = operator_of(spectra.ORDINARY["linear"], np.float32)
-    kernels = ["_coefficients", "_subtract_combination", "_stack", "_unit", "_gram", "_rotate", "_first_row"]
+    kernels = ["_stack", "_unit", "_gram", "_rotate", "_first_row"]
     kernels = [getattr(_factorisation, name) for name in (*kernels, "_write_row")]
     top(operator, key, 8, basis_size=30, max_matvecs=40)
     before = [kernel._cache_size() for kernel in kernels]

@@ -11,7 +11,7 @@ import spectra
 from problems import dense_hessian, mlp
 
 import hessdensity as hd
-from hessdensity import lanczos, slq
+from hessdensity import _trees, lanczos
 
 
 def operator_of(name, key, dtype, factor=1.0):
@@ -38,7 +38,7 @@ def test_a_spectrum_of_few_values_is_found_value_by_value_with_the_probes_own_ma
     values = spectra.BREAKDOWN[name]
     operator = operator_of(name, key, dtype)
     density = hd.spectral_density(operator, key, num_steps=40, num_probes=2, deflation_steps=0, progress=False)
-    probes = np.asarray(slq._trees.random_block(key, 0, 2, operator.like), float)
+    probes = np.asarray(_trees.random_block(key, 0, 2, operator.like), float)
     exact, vectors = np.linalg.eigh(hd.dense(operator))
     slack = 1e-5 * (np.abs(values).max() or 1)
     for rule, probe in zip(density.rules, probes, strict=True):
@@ -64,7 +64,7 @@ def test_the_estimate_is_within_its_error_bars(name, key, dtype):
 def test_the_first_moments_of_a_probe_are_those_of_its_products(key, dtype):
     operator = operator_of("outliers", key, dtype)
     density = hd.spectral_density(operator, key, num_steps=7, num_probes=2, deflation_steps=0, progress=False)
-    probes = slq._trees.random_block(key, 0, 2, operator.like)
+    probes = _trees.random_block(key, 0, 2, operator.like)
     rows, matrix = np.asarray(probes, float), hd.dense(operator)
     for rule, v in zip(density.rules, rows, strict=True):
         moments = [rule.weights @ rule.nodes**k for k in range(14)]
