@@ -6,6 +6,9 @@ ResNet-50, 25,557,032 weights, 224 x 224 random images in one batch of 256, 16 a
 statistics. The vectors of Lanczos steps, one probe, are saved as `checkpoint=` does, each on its own: "blocked" is the
 time until the run may go on, "whole" the time until the step is on disk, which another thread spends beside the next
 product.
+
+Answer (2026-11-21, 2 shared cores of an AMD EPYC, beside other work): 94.6 MB a step; blocked 0.048 s and whole 0.48 s,
+0.016 % and 0.16 % of a product's 291 s.
 """
 
 import argparse

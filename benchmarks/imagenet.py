@@ -41,6 +41,7 @@ from benchmarks._harness import record, save
 from benchmarks.models.image_batches import Batch, ImageBatches, Watched, load
 from benchmarks.models.imagenet import open_source
 from benchmarks.models.imagenet_networks import NETWORKS, Network
+from hessdensity import distributed
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,6 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     if not settings["weights"]:
         say("RANDOM WEIGHTS: no --weights given; this is the spectrum of an untrained network.")
     if settings["mesh"] or settings["distributed"]:
-        from hessdensity import distributed
-
         mesh = distributed.make_mesh()
         devices, variables = mesh.size, distributed.place(variables, mesh)
     start = time.perf_counter()
@@ -135,7 +134,8 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     )
     shown = {"desc": "  this pass", "unit": "image", "leave": False, "miniters": 1, "disable": not progress}
     with tqdm(total=len(data.content.labels), **shown) as bar:
-        watched = Watched(data, bar)
+        # A loader that hangs must not leave the other processes waiting for ever.
+        watched = Watched(distributed.watch(data, timeout=600), bar)
         loss, params = problem(network, variables)
         hessian = hd.Hessian(loss, params, watched, precision=settings["precision"])
         optional = {"checkpoint": settings["checkpoint"]} if settings["checkpoint"] else {}
@@ -234,8 +234,6 @@ def main(**settings: Any) -> None:
     if settings["out"] and not Path(settings["out"]).absolute().parent.is_dir():
         raise click.BadParameter(f"--out {settings['out']}: that folder does not exist.")
     if settings["distributed"]:
-        from hessdensity import distributed
-
         distributed.start()  # before JAX looks for devices
     first = jax.process_index() == 0
     say = partial(tqdm.write, file=sys.stdout) if first else lambda words: None

@@ -45,6 +45,7 @@ class BlockRun:
         self._block_size, self._basis_size = block_size, basis_size
         fresh, self._key = jax.random.split(key)
         self._z = Factorisation(operator.like, fresh)
+        self._rotations: list[np.ndarray] = []  # of the restarts since the last step
         self._num_newest = 0  # pending vectors that the last step or fresh start has added
         self._believed: np.ndarray | None = None  # the wanted values that a search for further copies started from
         self._searched, self._most = 0, 0  # steps done in the search that is going on, and the most it may take
@@ -83,11 +84,15 @@ class BlockRun:
             weight = np.linalg.norm(ritz.coupling[:, unconverged], axis=1)
             chosen = z.pending[np.sort(np.argsort(-weight, kind="stable")[: self._block_size])]
         if found := self._steps.take():
-            self._num_newest = z.join(chosen, Step.of(*found))
+            vectors, scalars = found
+            chosen = np.asarray(scalars["chosen"], int)
+            self._num_newest = z.join(chosen, Step.of(vectors, scalars))
         else:
             step = z.multiply(self._operator, chosen)
             self._num_newest = z.join(chosen, step)
-            self._steps.add(step.vectors, step.scalars())
+            rotations = [rotation.tolist() for rotation in self._rotations]
+            self._steps.add(step.vectors, {**step.scalars(), "chosen": chosen.tolist(), "rotations": rotations})
+        self._rotations = []
         self.num_matvecs += chosen.size
         self.num_passes += 1
         self._judge()
@@ -151,4 +156,10 @@ class BlockRun:
         spare = (self._basis_size - self._rank - 2 * size) // 2
         kept = max(self._rank, min(self._rank + spare, self._basis_size - z.pending.size - size))
         if kept < z.ritz().values.size:
-            z.restart(z.ritz().vectors[:, self._wanted(kept)])
+            # Another machine's eigh may choose other signs: what is on disk belongs to those of the first.
+            saved = (self._steps.peek() or {}).get("rotations", [])
+            rotation = z.ritz().vectors[:, self._wanted(kept)]
+            if len(self._rotations) < len(saved):
+                rotation = np.asarray(saved[len(self._rotations)], float)
+            self._rotations.append(rotation)
+            z.restart(rotation)

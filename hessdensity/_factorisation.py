@@ -24,6 +24,7 @@ from ._gram_schmidt import CHUNK, project_out
 PyTree = Any
 
 _ASYMMETRY = 0.05  # as in `lanczos`: above the rounding of a model in bfloat16, below a rule that is no derivative
+_DEPENDENT = 0.01  # eigenvalue of the Gram matrix of unit vectors below which they are treated as dependent
 _SWEEPS = 10  # two are the rule, four were seen where vectors were random stand-ins
 
 
@@ -43,15 +44,11 @@ class Ritz(NamedTuple):
 class Step(NamedTuple):
     """What the products of chosen vectors add to a factorisation."""
 
-    vectors: PyTree
-    """Block of the new vectors of Z, or None."""
-    remainder: np.ndarray
-    """(new vectors, products): the products' coefficients on them."""
-    along: np.ndarray
-    """(size of Z before, products): on the others."""
+    vectors: PyTree  # block of the new vectors of Z, or None
+    remainder: np.ndarray  # (new vectors, products): the products' coefficients on them
+    along: np.ndarray  # (size of Z before, products): on the others
     norm: float
-    num_drawn: int
-    """Random vectors used so far."""
+    num_drawn: int  # random vectors used so far
 
     def scalars(self) -> dict[str, Any]:
         """All but the vectors, as JSON takes it."""
@@ -228,9 +225,9 @@ class Factorisation:
             squares, axes = np.linalg.eigh(gram)
             root = np.sqrt(np.maximum(squares, dead.size * self._epsilon))
             change = max(np.abs(removed).max(initial=0), np.abs(gram - np.eye(dead.size)).max())
-            # The symmetric root where it is all but the identity: it leaves the vectors what they are. Before, the
-            # eigenvectors themselves, which single out directions that the block does not have.
-            turn = axes if change < 1e-3 else np.eye(dead.size)
+            # The symmetric root where the block is far from dependent: it hangs on no sign or turn of eigenvectors,
+            # which another machine may choose otherwise. Else these, which single out what the block does not have.
+            turn = axes if squares.min(initial=1) > _DEPENDENT else np.eye(dead.size)
             block = _rotate(block, self._device(turn / root @ axes.T))
             remainder = turn * root @ axes.T @ (_host(left)[:, None] * remainder)
             if change < 1e-3:

@@ -11,6 +11,8 @@ import jax
 
 logger = logging.getLogger("hessdensity")
 
+_LOST = ("gloo", "nccl", "connection", "coordination service", "heartbeat", "unavailable")  # words of JAX's own errors
+
 
 class LostProcessError(RuntimeError):
     """Another process has died, stalled or failed: what needs them all cannot be finished."""
@@ -30,12 +32,12 @@ def explained(table: Callable[[], str], checkpoint: str | Path | None) -> Iterat
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        if "RESOURCE_EXHAUSTED" in first or "Out of memory" in first:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in first:
             # Not "from error": the trace of XLA's allocator would hide the table.
             raise MemoryError(f"out of memory ({first}).\n\n{table()}") from None
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or not any(word in str(error).lower() for word in _LOST):
             raise
         again = f"the steps up to now are in checkpoint={str(checkpoint)!r}: start" if checkpoint else "start"
         words = (

@@ -49,6 +49,8 @@ class Steps:
         self._saved: dict[str, Any] | None = None
         self._unchecked = False
         self._next, self._before, self._began = 0, 0.0, time.perf_counter()
+        if self._journal is not None:
+            self._agree(self._journal.length)
         if self._journal is not None and self._journal.length:
             self._saved = self._journal.read(0, None)[1]["about"]
             self.decisions = self._saved["decisions"]
@@ -71,11 +73,15 @@ class Steps:
         """The operator's description, with what the checkpoint knows of it: its data, though no product was done."""
         return {**(self._saved["operator"] if self._saved else {}), **describe(self._operator)}
 
+    def peek(self) -> dict[str, Any] | None:
+        """The scalars of the next step, if it is on disk."""
+        return self._journal.read(self._next, None)[1] if self._journal is not None and self.on_disk else None
+
     def take(self) -> tuple[PyTree, dict[str, Any]] | None:
         """The next step, if it is on disk: its block of vectors, or None if it had none, and its scalars."""
-        if self._journal is None or not self.on_disk:
+        scalars = self.peek()
+        if self._journal is None or scalars is None:
             return None
-        _, scalars = self._journal.read(self._next, None)
         vectors, count = None, scalars["num_vectors"]
         if count:
             vectors, _ = self._journal.read(self._next, _trees.abstract_block(self._operator.like, count))
@@ -111,8 +117,19 @@ class Steps:
                 "operator": about,
                 "versions": versions,
             }
-        self._save(vectors, {**scalars, **more})
+        self._journal.append(vectors, {**scalars, **more})
         self._next += 1
+
+    def check_data(self) -> None:
+        """Refuse other data where all steps were on disk, so that no product has met them.
+
+        Cost: a product, if there is one to be done: an operator that tells of its data all along needs none.
+        """
+        if not self._unchecked or self._saved is None or set(self._saved["operator"]) <= set(describe(self._operator)):
+            return
+        jax.block_until_ready(self._operator @ _trees.zeros(self._operator.like, 1))
+        self._compare({"operator": _plain(describe(self._operator))})
+        self._unchecked = False
 
     def finish(self) -> None:
         """Wait until all steps are on disk."""
@@ -131,19 +148,23 @@ class Steps:
             except LostProcessError:
                 raise  # what is under way to the disk cannot be finished without the lost one
             except BaseException:
-                self._journal.close()
+                with contextlib.suppress(RuntimeError):  # what went wrong first is to be seen
+                    self._journal.close()
                 raise
             self._journal.close()
 
-    def _save(self, vectors: PyTree, scalars: dict[str, Any]) -> None:
-        assert self._journal is not None
-        try:
-            self._journal.append(vectors, scalars)
-        except OSError as error:
-            raise RuntimeError(
-                f"checkpoint={str(self._path)!r} cannot be written ({error}). The steps before are there: make room, "
-                "and call again."
-            ) from error
+    def _agree(self, length: int) -> None:
+        """Refuse a folder of which the processes see different steps: one would wait for the other for ever."""
+        if jax.process_count() == 1:
+            return
+        from jax.experimental.multihost_utils import process_allgather
+
+        lengths = np.asarray(process_allgather(np.array(length, np.int32))).ravel().tolist()
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"checkpoint={str(self._path)!r}: the processes see {lengths} steps there; expected one folder, on a "
+                "file system that all of them share."
+            )
 
     def _compare(self, now: dict[str, Any]) -> None:
         assert self._saved is not None
@@ -159,7 +180,11 @@ class Steps:
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
+
+    def convert(other: Any) -> Any:
+        return other.item() if isinstance(other, np.generic) else str(other)
+
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=convert))
     return plain
 
 

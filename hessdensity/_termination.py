@@ -28,7 +28,7 @@ def on_sigterm(finish: Callable[[], None]) -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
-    if not main or callable(before):
+    if not main or before not in (signal.SIG_DFL, None):
         yield
         return
     reader, writer = socket.socketpair()

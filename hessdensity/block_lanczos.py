@@ -109,7 +109,7 @@ def top_eigenspace(
         "start": None if start is None else fingerprint(getattr(start, "vectors", start)),
         "vectors": signature(operator.like),
     }
-    steps, stopped = Steps(checkpoint, operator, settings), None
+    steps, stopped, free = Steps(checkpoint, operator, settings), None, free_memory(operator.like)
     run = BlockRun(operator, key, rank, which, tolerance, block_size, basis_size, steps)
 
     def answer() -> Eigenspace:
@@ -123,7 +123,7 @@ def top_eigenspace(
         return run.answer({**kept, **more})
 
     def table() -> str:
-        each, free = bytes_per_device(operator.like), free_memory(operator.like)
+        each = bytes_per_device(operator.like)
         most = rank + basis_size * 3 // 2 + 4 * block_size
         return (
             f"top_eigenspace keeps {most} vectors of {in_words(each)}, {in_words(most * each)} on each device, where "
@@ -141,6 +141,7 @@ def top_eigenspace(
                 read_back = steps.on_disk
                 count(bar, run.step(), read_back=read_back)
                 bar.set_postfix_str(f"{run.num_converged} of {rank} converged")
+            steps.check_data()
         except KeyboardInterrupt:
             if not run.num_passes:
                 raise

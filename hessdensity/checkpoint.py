@@ -5,6 +5,8 @@ A step appears whole or not at all, whatever ends the process, so that the steps
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ class Journal:
 
     Raises:
       ValueError: the folder holds other things than such steps, or not the first so many.
+      RuntimeError (from all that writes): a step cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,7 +42,7 @@ class Journal:
         options = ocp.CheckpointManagerOptions(
             step_prefix=_PREFIX, step_format_fixed_length=6, cleanup_tmp_directories=True, max_to_keep=None
         )
-        self._ocp = ocp
+        self._ocp, self._path = ocp, str(path)
         self._manager = ocp.CheckpointManager(folder, options=options, item_names=(_VECTORS, _SCALARS))
         steps = sorted(self._manager.all_steps())
         if steps != list(range(len(steps))):
@@ -72,16 +75,30 @@ class Journal:
         args = {_SCALARS: self._ocp.args.JsonSave(scalars)}
         if vectors is not None:
             args[_VECTORS] = self._ocp.args.StandardSave(_numbered(vectors))
-        self._manager.save(self.length, args=self._ocp.args.Composite(**args))
+        with self._writing():
+            self._manager.save(self.length, args=self._ocp.args.Composite(**args))
         self.length += 1
 
     def finish(self) -> None:
-        """Wait until all is on disk. Raises what went wrong there."""
-        self._manager.wait_until_finished()
+        """Wait until all is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """`finish`, and let go of the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"checkpoint={self._path!r} cannot be written ({reason}). The steps before are there: make room, and "
+                "call again."
+            ) from error
 
 
 def _numbered(tree: PyTree) -> dict[str, Any]:

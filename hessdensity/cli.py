@@ -60,6 +60,10 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Go on until the estimated W1 error over the range is below this.",
 )
+@click.option(
+    "--basis", type=click.Choice(["device", "host", "none"]), help="Where the vectors go; what fits by default."
+)
+@click.option("--checkpoint", type=click.Path(), help="Folder that a killed run goes on from.")
 @click.option("--seed", default=0, help="Seed of the probes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg).")
@@ -73,6 +77,8 @@ def run(
     num_probes: int,
     deflation_steps: int,
     tolerance: float | None,
+    basis: str | None,
+    checkpoint: str | None,
     seed: int,
     out: str | None,
     plot: str | None,
@@ -96,6 +102,8 @@ def run(
         num_probes=num_probes,
         deflation_steps=deflation_steps,
         tolerance=tolerance,
+        basis=basis,
+        checkpoint=checkpoint,
         progress=progress,
     )
     click.echo(str(density))

@@ -70,7 +70,7 @@ class Passes:
     """
 
     def __init__(self, source: Any, placement: Placement | None = None) -> None:
-        _refuse_misuse(source)
+        refuse_misuse(source)
         self._source = source
         self._placement = placement or Placement()
         self._first: tuple[np.ndarray, list[int | float]] | None = None
@@ -81,7 +81,7 @@ class Passes:
     def __iter__(self) -> Iterator[tuple[int, PyTree]]:
         """(number of the batch, piece of it on the devices), handed over when the transfer of the next has begun."""
         ahead: tuple[tuple[int, PyTree], ...] = ()
-        for piece in self._placement.pieces(_fresh(self._source)):
+        for piece in self._placement.pieces(fresh(self._source)):
             yield from ahead
             ahead = (piece,)
         yield from ahead
@@ -241,7 +241,7 @@ def _differing(
     return differs + list(range(common, max(len(counts), len(expected_counts))))
 
 
-def _fresh(source: Any) -> Iterator[PyTree]:
+def fresh(source: Any) -> Iterator[PyTree]:
     """An iterator over the batches from the first one on."""
     if hasattr(source, "__iter__"):
         return iter(source)
@@ -251,14 +251,15 @@ def _fresh(source: Any) -> Iterator[PyTree]:
     made = source()
     if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
         raise TypeError(f"data: the function returned a {type(made).__name__}; expected an iterator over batches.")
-    return _fresh(made)
+    return fresh(made)
 
 
 def _is_array(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _refuse_misuse(source: Any) -> None:
+def refuse_misuse(source: Any) -> None:
+    """Raise TypeError for what cannot be gone through twice, or is one batch."""
     wrap = "wrap one batch in a list, [batch], or cut arrays into batches with hd.batches(arrays, batch_size)."
     kind = type(source).__name__
     if _is_array(source):

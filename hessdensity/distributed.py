@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .data import fresh, refuse_misuse
+
 PyTree = Any
 logger = logging.getLogger("hessdensity")
 
@@ -127,6 +129,9 @@ def watch(data: Any, timeout: float) -> Iterable[Any]:
     Returns:
       The same batches, as often as the data can be iterated.
 
+    Raises:
+      TypeError: data that cannot be iterated twice, as for `Hessian`.
+
     Example:
       >>> [len(batch) for batch in watch([np.zeros(3), np.zeros(2)], timeout=600)]
       [3, 2]
@@ -136,11 +141,11 @@ def watch(data: Any, timeout: float) -> Iterable[Any]:
 
 class _Watched:
     def __init__(self, data: Any, timeout: float) -> None:
+        refuse_misuse(data)
         self._data, self._timeout = data, timeout
 
     def __iter__(self) -> Iterator[Any]:
-        made = self._data() if callable(self._data) and not hasattr(self._data, "__iter__") else self._data
-        batches = iter(made)
+        batches = fresh(self._data)
         while True:
             # Its clock runs in a thread that needs no interpreter lock, which what hangs may hold.
             faulthandler.dump_traceback_later(self._timeout, exit=True)

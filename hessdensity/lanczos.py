@@ -86,7 +86,7 @@ def init(
         ``against``.
 
     Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8. On the device there are of these
-    4 k and two chunks with "host"; with "none" there are 4 k in all.
+    4 k and a few chunks with "host"; with "none" there are 4 k in all.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")

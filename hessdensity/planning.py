@@ -132,6 +132,7 @@ def plan(
       ValueError: a number of steps or probes that is none.
 
     Cost: two products with one vector; none without ``timed``. A `Hessian`'s program is compiled for the activations.
+    In several processes all of them must call.
 
     Example:
       >>> import hessdensity as hd
@@ -139,17 +140,32 @@ def plan(
       >>> plan.vector_bytes, plan.chosen.basis, plan.chosen.num_matvecs, plan.chosen.num_passes
       (4000, 'device', 180, 135)
     """
-    n = check(operator)
+    check(operator)
     check_settings(num_steps, num_probes, deflation_steps)
-    activations = _activation_bytes(operator, num_probes)
     free = free_memory(operator.like)
     if device_bytes is not None or host_bytes is not None:
         free = Free(
             free.device if device_bytes is None else device_bytes, free.host if host_bytes is None else host_bytes
         )
-    vector_bytes, weights = bytes_per_device(operator.like), getattr(operator, "params", None)
+    activations = _activation_bytes(operator, num_probes)
+    seconds = _time_product(operator) if timed else None
+    return lay_out(operator, num_steps, num_probes, deflation_steps, free, activations, seconds)
+
+
+def lay_out(
+    operator: Operator,
+    num_steps: int,
+    num_probes: int,
+    deflation_steps: int,
+    free: Free,
+    activations: int | None = None,
+    seconds: float | None = None,
+) -> Plan:
+    """The plan with these figures: nothing is asked of the operator, for there may be no memory left to do so."""
+    n, like, weights = check(operator), _trees.abstract(operator.like), getattr(operator, "params", None)
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(like) if leaf.sharding]
+    vector_bytes = bytes_per_device(like)
     found = choices(n, vector_bytes, activations or 0, num_steps, num_probes, deflation_steps)
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(operator.like) if leaf.sharding]
     return Plan(
         dimension=n,
         num_devices=max((len(sharding.device_set) for sharding in shardings), default=1),
@@ -157,7 +173,7 @@ def plan(
         vector_bytes=vector_bytes,
         activation_bytes=activations,
         free=free,
-        seconds=_time_product(operator) if timed else None,
+        seconds=seconds,
         choices=tuple(found),
     )
 
@@ -169,12 +185,13 @@ def choose(
     deflation_steps: int,
     bases: tuple[str, ...],
     probes_at_once: int | None,
+    free: Free,
 ) -> Choice:
     """The first of the choices that fits, of those with one of these bases and, where it is given, probes at once.
 
     The activations are asked for only where it depends on them: they cost a compilation.
     """
-    n, vector_bytes, free = check(operator), bytes_per_device(operator.like), free_memory(operator.like)
+    n, vector_bytes = check(operator), bytes_per_device(operator.like)
 
     def candidates(activation_bytes: int) -> list[Choice]:
         every = choices(n, vector_bytes, activation_bytes, num_steps, num_probes, deflation_steps, probes_at_once)

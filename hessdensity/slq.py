@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from . import lanczos, planning
 from ._density_run import DensityRun
 from ._failures import explained
 from ._identity import signature
+from ._memory import free_memory
 from ._resume import Steps
 from .density import SpectralDensity
 from .operators import Operator, check
@@ -51,7 +53,8 @@ def spectral_density(
       tolerance: go on, with more steps or more probes where the error is, until the estimated W1 distance to the true
         spectrum, over the range of the nodes, is below it (`hessdensity.accuracy`); num_steps and num_probes are where
         that begins. ``description`` says what was reached ("error") and what was spent where ("spent": the steps of
-        the deflation, and a pair (probes, steps) for each group of probes).
+        the deflation, and a pair (probes, steps) for each group of probes). The bases of what is there stay, and those
+        of what is added come to them: more memory than planned.
       max_matvecs: products at which a run for a tolerance gives up, and says so; by default ten times what it would
         cost without a tolerance.
       basis: where the Lanczos bases are kept. ``"device"``: on the devices, sharded as the parameters are. ``"host"``:
@@ -67,7 +70,9 @@ def spectral_density(
       checkpoint: a folder. Every step is saved there (its vectors and scalars: in all the basis once), and a later call
         with the same arguments goes on from it, in the middle of a probe, on any number of devices: after Ctrl-C, after
         SIGTERM, which ends the process within seconds, or after a crash. The result is that of an undisturbed run, bit
-        for bit where the operator's products are; another number of devices changes it by rounding.
+        for bit where the operator's products are; another number of devices changes it by rounding. In several
+        processes all of them must see the folder, and together have the same batches as before, however many they
+        are. A complete checkpoint costs one product, to see that the data are still the same.
       progress: show a bar of products done, their rate and the time left, on standard error.
 
     Returns:
@@ -107,12 +112,19 @@ def spectral_density(
         "max_matvecs": max_matvecs,
         "vectors": signature(operator.like),
     }
-    steps = Steps(checkpoint, operator, settings)
-    layout = _lay_out(operator, num_steps, num_probes, deflation_steps, basis, probes_at_once, steps)
+    steps, free = Steps(checkpoint, operator, settings), free_memory(operator.like)
+    bases: tuple[str, ...] = lanczos.TIERS if basis is None else (basis,)
+    at_once = None if probes_at_once is None else min(probes_at_once, num_probes)
+    if keep_eigenspace:
+        bases = tuple(each for each in bases if each != "none")
+    if steps.decisions:
+        bases, at_once = _as_before(steps.decisions, bases, at_once)
+    layout = planning.choose(operator, num_steps, num_probes, deflation_steps, bases, at_once, free)
+    steps.decisions = {"keeps_basis": layout.basis != "none", "probes_at_once": layout.probes_at_once}
     run = DensityRun(operator, key, num_steps, num_probes, deflation_steps, layout, steps, progress)
 
     def table() -> str:
-        return str(planning.plan(operator, num_steps, num_probes, deflation_steps=deflation_steps, timed=False))
+        return str(planning.lay_out(operator, num_steps, num_probes, deflation_steps, free))
 
     with contextlib.closing(run), steps.kept(), explained(table, checkpoint):
         try:
@@ -120,6 +132,7 @@ def spectral_density(
             run.add_probes(num_probes)
             if tolerance is not None:
                 run.refine(tolerance, max_matvecs)
+            steps.check_data()
         except (KeyboardInterrupt, lanczos.NonFiniteProduct) as error:
             if isinstance(error, lanczos.NonFiniteProduct):
                 error.partial = run.answer() if run.num_matvecs else None
@@ -130,30 +143,16 @@ def spectral_density(
     return run.answer(keep_eigenspace)
 
 
-def _lay_out(
-    operator: Operator,
-    num_steps: int,
-    num_probes: int,
-    deflation_steps: int,
-    basis: str | None,
-    probes_at_once: int | None,
-    steps: Steps,
-) -> planning.Choice:
-    """Where the bases are kept; as in the checkpoint, as far as the products depend on it."""
-    bases: tuple[str, ...] = lanczos.TIERS if basis is None else (basis,)
-    if steps.decisions:
-        kept, at_once = steps.decisions["basis kept"], steps.decisions["probes_at_once"]
-        bases = tuple(each for each in bases if (each != "none") == kept)
-        if not bases or probes_at_once not in (None, at_once):
-            raise ValueError(
-                f"basis={basis!r}, probes_at_once={probes_at_once!r}: the checkpoint's run "
-                f"{'kept a basis' if kept else 'kept no basis'}, with {at_once} probes at once. Leave both out, or "
-                "give another folder."
-            )
-        probes_at_once = at_once
-    choice = planning.choose(operator, num_steps, num_probes, deflation_steps, bases, probes_at_once)
-    steps.decisions = {"basis kept": choice.basis != "none", "probes_at_once": choice.probes_at_once}
-    return choice
+def _as_before(decisions: dict[str, Any], bases: tuple[str, ...], at_once: int | None) -> tuple[tuple[str, ...], int]:
+    """The bases and the probes at once that a checkpoint's run can go on with, of those asked for."""
+    kept = tuple(each for each in bases if (each != "none") == decisions["keeps_basis"])
+    if not kept or at_once not in (None, decisions["probes_at_once"]):
+        raise ValueError(
+            f"checkpoint: its run {'kept a basis' if decisions['keeps_basis'] else 'kept no basis'}, with "
+            f"{decisions['probes_at_once']} probes at once, and cannot go on otherwise. Leave basis, probes_at_once "
+            "and keep_eigenspace as they were, or give another folder."
+        )
+    return kept, decisions["probes_at_once"]
 
 
 def _check_effort(tolerance: float | None, max_matvecs: int | None) -> None:

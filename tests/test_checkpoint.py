@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -175,8 +176,11 @@ def test_another_computations_checkpoint_is_refused_and_the_difference_named(key
         (lambda: resumed(hessian_of(batch_size=32)), r"operator.batch_losses had 4 entries, now 2"),
         (lambda: resumed(hessian_of(order=-1)), r"operator.batch_losses\[0\] was \S+, is \S+"),
         (lambda: resumed(matrix(key)), r"operator.kind was 'Hessian', is 'Matrix'"),
-        (lambda: resumed(hessian_of(), basis="none"), "kept a basis, with 2 probes at once. Leave both out"),
-        (lambda: resumed(hessian_of(), probes_at_once=1), "with 2 probes at once. Leave both out"),
+        (
+            lambda: resumed(hessian_of(), basis="none"),
+            "kept a basis, with 2 probes at once, and cannot",
+        ),
+        (lambda: resumed(hessian_of(), probes_at_once=1), "with 2 probes at once, and cannot go on"),
         (lambda: hd.top_eigenspace(hessian_of(), key, 2, checkpoint=folder, progress=False), "'top_eigenspace'"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -206,15 +210,49 @@ def test_a_folder_that_is_no_checkpoint_is_refused(key, tmp_path):
         hd.spectral_density(matrix(key), key, checkpoint=tmp_path / "run", **SETTINGS)
 
 
-def test_a_step_that_cannot_be_written_is_told_as_such(key, tmp_path, monkeypatch):
-    from hessdensity.checkpoint import Journal
+def test_a_step_that_cannot_be_written_is_told_as_such(key, tmp_path):
+    operator = hd.FunctionOperator(jax.jit(lambda v: v * jnp.linspace(-1, 1, 50_000)), jnp.zeros(50_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # a full disk, for files above that
+    try:
+        with pytest.raises(RuntimeError, match=r"run' cannot be written \(.*\). The steps before are there: make room"):
+            hd.spectral_density(operator, key, checkpoint=tmp_path / "run", **SETTINGS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # Room again: the run goes on from whatever is there.
+    density = hd.spectral_density(operator, key, checkpoint=tmp_path / "run", **SETTINGS)
+    assert density.description["stopped"] is None
 
-    def full(self, *args):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Journal, "append", full)
-    with pytest.raises(RuntimeError, match=r"cannot be written \(.*No space left on device\).*make room"):
-        hd.spectral_density(matrix(key), key, checkpoint=tmp_path / "run", **SETTINGS)
+def test_a_complete_checkpoint_is_not_the_answer_for_other_data(key, tmp_path):
+    settings = {"checkpoint": tmp_path / "run", **SETTINGS}
+    whole = hd.spectral_density(hessian_of(), key, **settings)
+    assert_equal(hd.spectral_density(hessian_of(), key, **settings), whole)
+    with pytest.raises(ValueError, match=r"operator.batch_losses\[0\] was \S+, is \S+"):
+        hd.spectral_density(hessian_of(order=-1), key, **settings)
+    settings = {"checkpoint": tmp_path / "top", "progress": False}
+    hd.top_eigenspace(hessian_of(), key, 2, **settings)
+    with pytest.raises(ValueError, match=r"operator.batch_losses\[0\] was \S+, is \S+"):
+        hd.top_eigenspace(hessian_of(order=-1), key, 2, **settings)
+
+
+def test_a_resumed_restart_takes_the_rotation_of_the_first_run(key, tmp_path, monkeypatch):
+    """Another machine's eigh may give other signs, and what is on disk belongs to those of the first."""
+    operator = matrix(key, values=np.append(np.linspace(-1, 1, 1200), [3.0, 4.0, 5.0]))
+    settings = {"which": "LA", "block_size": 2, "basis_size": 14, "progress": False}
+    whole = hd.top_eigenspace(operator, key, 3, **settings)
+    hd.top_eigenspace(Counted(operator, 9), key, 3, checkpoint=tmp_path / "run", **settings)
+    eigh = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda a: (eigh(a)[0], -eigh(a)[1]))
+    space = hd.top_eigenspace(operator, key, 3, checkpoint=tmp_path / "run", **settings)
+    np.testing.assert_allclose(space.values, whole.values, rtol=1e-6)
+    assert space.converged.all()
+
+
+def test_settings_may_be_numpy_numbers_and_more_probes_at_once_than_there_are(key, tmp_path):
+    settings = {"checkpoint": tmp_path / "run", "progress": False, "deflation_steps": 12, "probes_at_once": 5}
+    whole = hd.spectral_density(matrix(key), key, num_steps=np.int64(7), num_probes=2, **settings)
+    assert_equal(hd.spectral_density(matrix(key), key, num_steps=7, num_probes=2, **settings), whole)
 
 
 # Killed processes. The child is this file; a product of its operator takes a moment, or an hour. ----------------------
@@ -294,7 +332,7 @@ def test_what_a_checkpoint_says_of_itself_is_readable(key, tmp_path):
     about = json.loads((tmp_path / "run" / "step_000000" / "scalars" / "metadata").read_text())["about"]
     assert about["settings"]["num_steps"] == 7
     assert about["operator"]["num_examples"] == 64
-    assert about["decisions"] == {"basis kept": True, "probes_at_once": 2}
+    assert about["decisions"] == {"keeps_basis": True, "probes_at_once": 2}
 
 
 if __name__ == "__main__":

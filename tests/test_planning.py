@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import mlp
 
 import hessdensity as hd
-from hessdensity import _trees, lanczos, planning
+from hessdensity import _trees, lanczos, planning, slq
 from hessdensity._memory import Free, in_words
 
 
@@ -95,9 +95,16 @@ def test_the_default_takes_what_fits(key, monkeypatch):
     operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
     for device, host, expected in [(10**6, 10**6, "device"), (70_000, 10**6, "host"), (30_000, 0, "none")]:
         free = Free(device, host)
-        monkeypatch.setattr(planning, "free_memory", lambda like, free=free: free)
+        monkeypatch.setattr(slq, "free_memory", lambda like, free=free: free)
         density = hd.spectral_density(operator, key, num_steps=16, deflation_steps=40, progress=False)
         assert density.description["basis"] == expected
+
+
+def test_an_eigenspace_that_is_to_be_kept_has_a_basis(key, monkeypatch):
+    operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    monkeypatch.setattr(slq, "free_memory", lambda like: Free(0, 0))
+    density = hd.spectral_density(operator, key, num_steps=8, deflation_steps=16, keep_eigenspace=True, progress=False)
+    assert density.eigenspace.rank == 16
 
 
 def test_vectors_are_counted_by_their_shards():
