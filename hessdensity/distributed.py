@@ -10,6 +10,7 @@ import faulthandler
 import logging
 import math
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -147,8 +148,9 @@ class _Watched:
     def __iter__(self) -> Iterator[Any]:
         batches = fresh(self._data)
         while True:
-            # Its clock runs in a thread that needs no interpreter lock, which what hangs may hold.
-            faulthandler.dump_traceback_later(self._timeout, exit=True)
+            # Its clock runs in a thread that needs no interpreter lock, which what hangs may hold. The process's own
+            # standard error, since what stands in for it, in a notebook say, may be no file.
+            faulthandler.dump_traceback_later(self._timeout, exit=True, file=sys.__stderr__ or sys.stderr)
             try:
                 batch = next(batches)
             except StopIteration:
