@@ -8,12 +8,12 @@ is a diagonal, so that nearly all the time is the engine's. First calls, compila
 Answer (2026-11-21, 2 cores of an AMD EPYC, JAX 0.10.2, matfree 0.6.3):
 
                        warm  first call   max|V VT - I|  memory speed
-    hessdensity      3.04 s      2.45 s         2.8e-07           23%
-    matfree         10.88 s      7.04 s         1.6e-04            6%
-    ratio              3.6x        2.9x
+    hessdensity      3.25 s      4.02 s         3.3e-07           33%
+    matfree         14.16 s     14.60 s         1.6e-04            8%
+    ratio              4.4x        3.6x
 
-Memory is read at 47 GB/s. Compilation takes 0.39, 0.38 and 0.42 s for 30, 90 and 180 steps: it does not grow. There is
-one setting, the accurate one.
+Memory is read at 30 GB/s. Compilation takes 0.55, 0.49 and 0.53 s for 30, 90 and 180 steps: it does not grow. There
+is one setting, the accurate one.
 """
 
 import json
