@@ -47,10 +47,10 @@ def orthogonalise(block: PyTree, chunks: tuple[PyTree, ...]) -> tuple[PyTree, np
     Returns:
       The block, the norms of what the first pass took away, the norms of what is left.
     """
-    before, removed = on_host(norm(block)), None
+    before, removed = np.asarray(norm(block)), None
     while True:
         block, coefficients = project_out(block, chunks)
-        after = on_host(norm(block))
+        after = np.asarray(norm(block))
         if removed is None:
             removed = np.linalg.norm(coefficients, axis=1)
         # A vector of the span shrinks by a rounding unit a pass, until it is zero.
@@ -72,13 +72,13 @@ def project_out(block: PyTree, chunks: Sequence[PyTree]) -> tuple[PyTree, np.nda
         parts.append(_coefficients(near, block))
         block = _basis.subtract_in_place(block, parts[-1], near)
     count = jax.tree.leaves(block)[0].shape[0]
-    return block, np.concatenate([np.zeros((count, 0)), *(on_host(part).astype(float) for part in parts)], axis=1)
+    return block, np.concatenate([np.zeros((count, 0)), *(np.asarray(part, float) for part in parts)], axis=1)
 
 
 def orthogonalise_locally(block: PyTree, vectors: PyTree, previous: PyTree) -> tuple[PyTree, np.ndarray, np.ndarray]:
     """As `orthogonalise`, against the last two vectors alone."""
     block, removed, left = _orthogonalise_locally(block, vectors, previous)
-    return block, on_host(removed).astype(float), on_host(left)
+    return block, np.asarray(removed, float), np.asarray(left)
 
 
 def append(basis: tuple[PyTree, ...], vectors: PyTree, position: int, offload: bool) -> tuple[PyTree, ...]:
@@ -97,11 +97,6 @@ def append(basis: tuple[PyTree, ...], vectors: PyTree, position: int, offload: b
 def as_chunks(block: PyTree) -> tuple[PyTree, ...]:
     """The vectors of a block as the chunks of one probe."""
     return tuple(_as_chunk(piece) for piece in _trees.split(block, CHUNK))
-
-
-def on_host(scalars: jax.Array) -> np.ndarray:
-    """Scalars of a computation that may span processes, every one of which has them all."""
-    return np.asarray(scalars)
 
 
 def _to_host(chunk: PyTree) -> PyTree:

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 
-def make_bar(what: str, total: int | None, shown: bool) -> Any:
-    """A bar of products, their rate and the time left; a context manager."""
+def make_bar(what: str, total: int | None, shown: bool, *, leave: bool = True) -> Any:
+    """A bar of products, their rate and the time left; a context manager. ``leave`` it there at the end."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit="HVP", disable=not shown or jax.process_index() > 0)
+    return tqdm(total=total, desc=what, unit="HVP", leave=leave, disable=not shown or jax.process_index() > 0)
 
 
 def count(bar: Any, products: int, *, read_back: bool = False) -> None:

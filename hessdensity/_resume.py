@@ -19,6 +19,7 @@ import numpy as np
 
 from . import _trees
 from ._failures import LostProcessError
+from ._identity import signature
 from ._termination import on_sigterm
 from .checkpoint import Journal
 from .operators import Operator, describe
@@ -43,7 +44,7 @@ class Steps:
     def __init__(self, checkpoint: str | Path | None, operator: Operator, settings: dict[str, Any]) -> None:
         self._path, self._operator = checkpoint, operator
         self._journal = None if checkpoint is None else Journal(checkpoint)
-        self._settings = _plain(settings)
+        self._settings = _plain({**settings, "vectors": signature(operator.like)})
         self.decisions: dict[str, Any] = {}
         """What circumstances decide, such as the memory that was free: those of the first process, to be kept to."""
         self._saved: dict[str, Any] | None = None
@@ -52,7 +53,7 @@ class Steps:
         if self._journal is not None:
             self._agree(self._journal.length)
         if self._journal is not None and self._journal.length:
-            self._saved = self._journal.read(0, None)[1]["about"]
+            self._saved = self._journal.scalars(0)["about"]
             self.decisions = self._saved["decisions"]
             self._unchecked = True
             # Which mode it differentiates in, an operator finds out in its first product.
@@ -75,7 +76,7 @@ class Steps:
 
     def peek(self) -> dict[str, Any] | None:
         """The scalars of the next step, if it is on disk."""
-        return self._journal.read(self._next, None)[1] if self._journal is not None and self.on_disk else None
+        return self._journal.scalars(self._next) if self._journal is not None and self.on_disk else None
 
     def take(self) -> tuple[PyTree, dict[str, Any]] | None:
         """The next step, if it is on disk: its block of vectors, or None if it had none, and its scalars."""
@@ -84,7 +85,7 @@ class Steps:
             return None
         vectors, count = None, scalars["num_vectors"]
         if count:
-            vectors, _ = self._journal.read(self._next, _trees.abstract_block(self._operator.like, count))
+            vectors = self._journal.vectors(self._next, _trees.abstract_block(self._operator.like, count))
         self._next += 1
         self._before, self._began = scalars["seconds"], time.perf_counter()
         return vectors, scalars

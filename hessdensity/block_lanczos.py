@@ -13,7 +13,7 @@ import numpy as np
 from . import _trees
 from ._block_run import MERIT, BlockRun
 from ._failures import explained
-from ._identity import fingerprint, signature
+from ._identity import fingerprint
 from ._memory import bytes_per_device, free_memory, in_words
 from ._progress import count, make_bar
 from ._resume import Steps
@@ -107,7 +107,6 @@ def top_eigenspace(
         "basis_size": basis_size,
         "max_matvecs": max_matvecs,
         "start": None if start is None else fingerprint(getattr(start, "vectors", start)),
-        "vectors": signature(operator.like),
     }
     steps, stopped, free = Steps(checkpoint, operator, settings), None, free_memory(operator.like)
     run = BlockRun(operator, key, rank, which, tolerance, block_size, basis_size, steps)

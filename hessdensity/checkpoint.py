@@ -54,21 +54,17 @@ class Journal:
         self.length = len(steps)
         """How many steps are on disk, or on their way there."""
 
-    def read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-        """The vectors and the scalars of a step.
+    def scalars(self, step: int) -> dict[str, Any]:
+        """The scalars of a step, from 0 on."""
+        return self._restore(step, _SCALARS, self._ocp.args.JsonRestore())
 
-        Args:
-          step: from 0 on.
-          like: shapes, dtypes and shardings of the vectors; None for the scalars alone.
-        """
-        args = {_SCALARS: self._ocp.args.JsonRestore()}
-        if like is not None:
-            args[_VECTORS] = self._ocp.args.StandardRestore(_numbered(like))
-        found = self._manager.restore(step, args=self._ocp.args.Composite(**args))
-        if like is None:
-            return None, found[_SCALARS]
-        leaves = [found[_VECTORS][name] for name in _numbered(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), found[_SCALARS]
+    def vectors(self, step: int, like: PyTree) -> PyTree:
+        """The vectors of a step, from 0 on, with the shapes, dtypes and shardings of ``like``."""
+        found = self._restore(step, _VECTORS, self._ocp.args.StandardRestore(_numbered(like)))
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _numbered(like)])
+
+    def _restore(self, step: int, name: str, args: Any) -> Any:
+        return self._manager.restore(step, args=self._ocp.args.Composite(**{name: args}))[name]
 
     def append(self, vectors: PyTree, scalars: dict[str, Any]) -> None:
         """One more step: a pytree of arrays, or None, and what JSON takes."""

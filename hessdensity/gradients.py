@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from . import _trees, lanczos
+from ._progress import make_bar
 from ._projection import components, one_vector, shares, unit
 from ._selection import Where
 from .density import SpectralDensity
@@ -154,8 +155,6 @@ def spectral_measure(
       >>> print(f"{measure.cdf(5.0).value:.2f} of the square at 1, Rayleigh quotient {measure.moment(1).value:.2f}")
       0.36 of the square at 1, Rayleigh quotient 6.12
     """
-    from tqdm import tqdm
-
     if not isinstance(num_steps, int | np.integer) or num_steps < 1:
         raise ValueError(f"num_steps={num_steps!r}, expected a whole number of at least 1.")
     began, stopped = time.perf_counter(), None
@@ -176,7 +175,7 @@ def spectral_measure(
         rule = gauss_rule(Tridiagonal(diagonal, off_diagonal, noise=noise))
         return SpectralDensity((rule,), _trees.size(operator.like), diagonal.size, description, given=True)
 
-    with tqdm(total=last.num_steps, desc="spectral measure", unit="HVP", disable=not progress) as bar:
+    with make_bar("spectral measure", last.num_steps, progress) as bar:
         try:
             for state in lanczos.iterate(operator, last):
                 last = state

@@ -22,7 +22,7 @@ from . import _trees
 from ._gram_schmidt import CHUNK as CHUNK
 from ._gram_schmidt import TIERS as TIERS
 from ._gram_schmidt import Basis as Basis
-from ._gram_schmidt import append, as_chunks, norm, on_host, orthogonalise, orthogonalise_locally, project_out
+from ._gram_schmidt import append, as_chunks, norm, orthogonalise, orthogonalise_locally, project_out
 
 PyTree = Any
 
@@ -105,7 +105,7 @@ def init(
         vectors, _, after = orthogonalise(_normalise(start_vectors, before), against.chunks)
         if not np.all(after > 64 * _trees.epsilon(like)):  # written so that a NaN is refused
             raise ValueError(
-                f"start_vectors have norms {on_host(before)}, and {after} of each is left outside of `against`; "
+                f"start_vectors have norms {np.asarray(before)}, and {after} of each is left outside of `against`; "
                 "expected finite vectors that are not zero there."
             )
         vectors = _normalise(vectors, jnp.asarray(after))
@@ -150,7 +150,7 @@ def update(state: LanczosState, product: PyTree) -> LanczosState:
             residual, removed, beta = orthogonalise(residual, (*state.against.chunks, *state.basis))
         else:
             residual, removed, beta = orthogonalise_locally(residual, state.vectors, state.previous)
-        alpha = on_host(alpha).astype(float)
+        alpha = np.asarray(alpha, float)
         if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
             raise NonFiniteProduct(
                 step, "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from . import _trees, lanczos
+from ._progress import make_bar
 from .data_error import DataEstimate, estimate_of_parts
 from .density import SpectralDensity
 from .hessian import Hessian
@@ -188,8 +189,6 @@ def part_densities(
       >>> bool(0.02 < largest.standard_error < 0.3)  # sqrt(2/600) times 1.4 would be that of an isolated eigenvalue
       True
     """
-    from tqdm import tqdm
-
     operator = _Parts(hessian, num_parts)
     sizes = {"num_steps": num_steps, "num_probes": num_probes}
     for name, value in sizes.items():
@@ -199,7 +198,7 @@ def part_densities(
     began, stopped = time.perf_counter(), None
     probes = _trees.random_block(key, 0, num_probes, hessian.like)
     state = lanczos.init(_trees.join([probes] * num_parts), num_steps)
-    with tqdm(total=num_probes * state.num_steps, desc="parts of the data", unit="HVP", disable=not progress) as bar:
+    with make_bar("parts of the data", num_probes * state.num_steps, progress) as bar:
         try:
             for state in lanczos.iterate(operator, state):  # noqa: B007, B020
                 bar.update(num_probes)

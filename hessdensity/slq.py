@@ -12,7 +12,6 @@ import numpy as np
 from . import lanczos, planning
 from ._density_run import DensityRun
 from ._failures import explained
-from ._identity import signature
 from ._memory import free_memory
 from ._resume import Steps
 from .density import SpectralDensity
@@ -110,7 +109,6 @@ def spectral_density(
         "deflation_steps": deflation_steps,
         "tolerance": tolerance,
         "max_matvecs": max_matvecs,
-        "vectors": signature(operator.like),
     }
     steps, free = Steps(checkpoint, operator, settings), free_memory(operator.like)
     bases: tuple[str, ...] = lanczos.TIERS if basis is None else (basis,)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _basis, _exchangeable, _trees
+from ._progress import make_bar
 from .operators import Operator, check, dense
 from .results import Estimate
 
@@ -77,8 +78,6 @@ def trace(
       >>> bool(estimate.lower < eigenvalues.sum() < estimate.upper), bool(estimate.standard_error < 0.02)
       (True, True)
     """
-    from tqdm import tqdm
-
     dimension = check(operator, key)
     for name, value, least in (("num_matvecs", num_matvecs, 4), ("block_size", block_size, 1)):
         if not isinstance(value, int | np.integer) or value < least:
@@ -86,7 +85,7 @@ def trace(
     if num_matvecs >= dimension:
         return _exact(operator, block_size, semidefinite)
     count = num_matvecs if semidefinite else num_matvecs // 2
-    with tqdm(total=num_matvecs // count * count, desc="trace", unit="HVP", disable=not progress) as bar:
+    with make_bar("trace", num_matvecs // count * count, progress) as bar:
         run = _Run(operator, key, block_size, bar)
         found = run.nystrom(count) if semidefinite else run.range(count)
     rounding = 8 * _trees.epsilon(operator.like) * found.size

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ._progress import make_bar
 from ._projection import norm
 from .block_lanczos import top_eigenspace
 from .density import SpectralDensity
@@ -137,8 +138,6 @@ class Tracker:
           lanczos.NonFiniteProduct: a product is not finite.
           KeyboardInterrupt: at Ctrl-C; the checkpoint is left out.
         """
-        from tqdm import tqdm
-
         last = self._measurements[-1].step if self._measurements else -math.inf
         if not step > last:
             raise ValueError(f"step={step!r}, expected more than the last checkpoint's, {last:,.10g}.")
@@ -149,7 +148,7 @@ class Tracker:
                 f"make_operator returned a {type(operator).__name__}; expected an operator: "
                 "lambda params: hd.Hessian(loss, params, data)."
             )
-        with tqdm(desc=f"step {step:,.10g}", unit="HVP", leave=False, disable=not self._progress) as bar:
+        with make_bar(f"step {step:,.10g}", None, self._progress, leave=False) as bar:
             watched = _Watched(operator, bar)
             space = self._next_eigenspace(watched)
             density = self._density(watched)

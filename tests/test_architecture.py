@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "checkpoint": set(),
     "_termination": set(),
-    "_resume": {"_trees", "_failures", "_termination", "checkpoint", "operators"},
+    "_resume": {"_trees", "_failures", "_identity", "_termination", "checkpoint", "operators"},
     "_failures": set(),
     "_progress": set(),
     "_memory": {"_trees"},
@@ -72,7 +72,6 @@ MAY_IMPORT = {
     },
     "slq": {
         "_density_run",
-        "_identity",
         "_memory",
         "_failures",
         "_resume",
@@ -83,10 +82,11 @@ MAY_IMPORT = {
     },
     "_exchangeable": set(),
     "data_error": {"_trees", "_products", "data", "eigenspaces", "hessian", "results"},
-    "parts": {"_trees", "data_error", "density", "hessian", "lanczos", "operators", "quadrature"},
-    "traces": {"_trees", "_basis", "_exchangeable", "operators", "results"},
+    "parts": {"_trees", "_progress", "data_error", "density", "hessian", "lanczos", "operators", "quadrature"},
+    "traces": {"_trees", "_progress", "_basis", "_exchangeable", "operators", "results"},
     "_projection": {"_trees", "eigenspaces"},
     "gradients": {
+        "_progress",
         "_trees",
         "_projection",
         "_selection",
@@ -102,6 +102,7 @@ MAY_IMPORT = {
     "_track_archive": {"_archive"},
     "tracks": {"_archive", "_track_archive", "density", "eigenspaces"},
     "tracking": {
+        "_progress",
         "_projection",
         "block_lanczos",
         "density",
