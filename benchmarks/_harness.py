@@ -27,11 +27,12 @@ class Timing(NamedTuple):
 
 
 def interleave(thunks: Mapping[str, Callable[[], Any]], repeats: int = 5) -> dict[str, Timing]:
-    """Time functions of no arguments against each other, from their call until their arrays are ready.
+    """Time functions of no arguments against each other, from their call until their arrays are
+    ready.
 
-    One call of each goes first and is not counted (compilation, caches). Then they take turns: what else the machine
-    does falls on all alike, and their ratios can be trusted further than their seconds.
-    """
+    One call of each goes first and is not counted (compilation, caches). Then they take turns: what
+    else the machine does falls on all alike, and their ratios can be trusted further than their
+    seconds."""
     for thunk in thunks.values():
         jax.block_until_ready(thunk())
     seconds: dict[str, list[float]] = {name: [] for name in thunks}
@@ -54,7 +55,8 @@ def _summary(samples: list[float]) -> Timing:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to judge a figure: versions, processor, accelerator, date. No host name, no paths."""
+    """What a reader needs to judge a figure: versions, processor, accelerator, date. No host name,
+    no paths."""
     device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),
@@ -82,7 +84,8 @@ def _cores() -> int:
 
 
 def save(question: str, result: Any) -> Path:
-    """Write `result` (anything JSON holds), its command and environment to results/<machine>/<question>.json."""
+    """Write `result` (anything JSON holds), its command and environment to
+    results/<machine>/<question>.json."""
     written = record(question, result)
     facts = written["environment"]
     if facts["platform"] == "cpu":
@@ -98,7 +101,12 @@ def save(question: str, result: Any) -> Path:
 
 def record(question: str, result: Any) -> dict[str, Any]:
     """`result` with its question, command and environment."""
-    return {"question": question, "command": _command(), "environment": environment(), "result": result}
+    return {
+        "question": question,
+        "command": _command(),
+        "environment": environment(),
+        "result": result,
+    }
 
 
 def _command() -> str:

@@ -1,20 +1,18 @@
 """What a compiled program keeps on each device, and what it sends between devices.
 
-Read from XLA's optimised program of one device: its memory analysis, and the collectives in its text. Nothing runs, so
-that the arguments may be shapes alone.
+Read from XLA's optimised program of one device: its memory analysis, and the collectives in its
+text. Nothing runs, so that the arguments may be shapes alone.
 
-Counted are the bytes that one device sends in one call, by the algorithms that use every link of a ring evenly. Of G
-devices that work together, each sends
+Counted are the bytes that one device sends in one call, by the algorithms that use every link of a
+ring evenly. Of G devices that work together, each sends
 
-    all-gather                            (G - 1)/G of the gathered array
-    reduce-scatter                        (G - 1)/G of the array before it is scattered
-    all-reduce                          2 (G - 1)/G of the array: a reduce-scatter, then an all-gather
-    all-to-all                            (G - 1)/G of the array
-    collective-permute, -broadcast        the array
+    all-gather                            (G - 1)/G of the gathered array reduce-scatter
+    (G - 1)/G of the array before it is scattered all-reduce                          2 (G - 1)/G of
+    the array: a reduce-scatter, then an all-gather all-to-all                            (G - 1)/G
+    of the array collective-permute, -broadcast        the array
 
-once for every iteration of the loops around it; XLA writes down their trip counts. All branches of a conditional are
-counted, which is an upper bound.
-"""
+once for every iteration of the loops around it; XLA writes down their trip counts. All branches of
+a conditional are counted, which is an upper bound."""
 
 import math
 import re
@@ -22,9 +20,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 _KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf" = (?P<type>.+?) (?P<kind>{_KINDS}|ragged-all-to-all)(?P<start>-start)?\(")
+_COLLECTIVE = re.compile(
+    rf" = (?P<type>.+?) (?P<kind>{_KINDS}|ragged-all-to-all)(?P<start>-start)?\("
+)
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # s32[8,4], f8e4m3[4], pred[]
@@ -53,14 +55,16 @@ class Collective(NamedTuple):
 def memory(compiled: Any) -> Memory:
     """XLA's own analysis of a compiled program."""
     analysis = compiled.memory_analysis()
-    return Memory(analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+    return Memory(
+        analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes
+    )
 
 
 def collectives(compiled: Any) -> list[Collective]:
     """The collectives of a compiled program.
 
-    Raises:
-      ValueError: one stands in a loop whose trip count XLA does not know, or works in groups that are not understood.
+    Raises: ValueError: one stands in a loop whose trip count XLA does not know, or works in groups
+      that are not understood.
     """
     return list(_walk(*_computations(compiled.as_text()), times=1))
 
@@ -68,10 +72,10 @@ def collectives(compiled: Any) -> list[Collective]:
 def sent(found: list[Collective], *, scatter: bool = False) -> float:
     """Bytes that a device sends in one call.
 
-    Args:
-      found: the program's collectives.
-      scatter: count an all-reduce as a reduce-scatter, half of it. XLA's compilers for GPUs and TPUs make it one where
-        every device keeps its own shard alone of the sum, as it does of a sharded gradient; that for CPUs does not.
+    Args: found: the program's collectives. scatter: count an all-reduce as a reduce-scatter, half
+      of it. XLA's compilers for GPUs and TPUs make it one where
+        every device keeps its own shard alone of the sum, as it does of a sharded gradient; that
+        for CPUs does not.
     """
     halved = [c.sent / 2 if scatter and c.kind == "all-reduce" else c.sent for c in found]
     return math.fsum(one * collective.times for one, collective in zip(halved, found, strict=True))
@@ -91,12 +95,15 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _walk(computations: dict[str, list[str]], name: str, times: int | None) -> Iterator[Collective]:
-    """Collectives of a computation and of all that it calls; ``times`` is None where nobody knows how often."""
+    """Collectives of a computation and of all that it calls; ``times`` is None where nobody knows
+    how often."""
     for line in computations[name]:
         if found := _COLLECTIVE.search(line):
             if times is None:
                 raise ValueError(f"a collective in a loop of unknown length: {line.strip()[:200]}")
-            yield _collective(found["kind"], found["type"], bool(found["start"]), _group_size(line), times)
+            yield _collective(
+                found["kind"], found["type"], bool(found["start"]), _group_size(line), times
+            )
             continue  # what it calls is the sum of two scalars
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
@@ -110,15 +117,25 @@ def _walk(computations: dict[str, list[str]], name: str, times: int | None) -> I
 
 
 def _collective(kind: str, type_: str, start: bool, group: int, times: int) -> Collective:
-    arrays = [(_length(shape), 1 if name == "pred" else int(bits) / 8) for name, bits, shape in _ARRAY.findall(type_)]
+    arrays = [
+        (_length(shape), 1 if name == "pred" else int(bits) / 8)
+        for name, bits, shape in _ARRAY.findall(type_)
+    ]
     if start and kind == "collective-permute":  # (operands, results, two tokens)
         arrays = arrays[:-2][len(arrays[:-2]) // 2 :]
     if start and kind == "all-gather":  # (operands, results)
         arrays = arrays[len(arrays) // 2 :]
     whole = group if kind == "reduce-scatter" else 1  # written down is what comes out
-    rounds = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1, "collective-broadcast": 1}
+    rounds = {
+        "all-reduce": 2 * (group - 1) / group,
+        "collective-permute": 1,
+        "collective-broadcast": 1,
+    }
     share = rounds.get(kind, (group - 1) / group)
-    elements, total = sum(length for length, _ in arrays), sum(length * width for length, width in arrays)
+    elements, total = (
+        sum(length for length, _ in arrays),
+        sum(length * width for length, width in arrays),
+    )
     return Collective(kind, elements * whole, total * whole * share, times)
 
 
@@ -137,5 +154,8 @@ def _group_size(line: str) -> int:
     # mesh['x'=2,'y'=4], device_ids=(...) {'x','y':(1)2}: whole axes, and parts of axes
     if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{('[^}]*)\}", line):
         axes = dict(re.findall(r"('\w+')=(\d+)", meshed[1]))
-        return math.prod(int(part or axes[name]) for name, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", meshed[2]))
+        return math.prod(
+            int(part or axes[name])
+            for name, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", meshed[2])
+        )
     raise ValueError(f"a collective in groups that are not understood: {line.strip()[:200]}")

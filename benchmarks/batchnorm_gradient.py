@@ -1,42 +1,50 @@
-"""Does BatchNorm remove the Hessian's outliers, and the gradient from their eigenspace? Is it the batch's statistics?
+"""Does BatchNorm remove the Hessian's outliers, and the gradient from their eigenspace? Is it the
+batch's statistics?
 
-    python -m benchmarks.batchnorm_gradient               # ResNet-8 of width 8 on 4,096 images of 16 x 16 pixels
-    python -m benchmarks.batchnorm_gradient --size paper  # ResNet-32 on CIFAR-10, 100,000 steps: for a GPU
+    python -m benchmarks.batchnorm_gradient               # ResNet-8 of width 8 on 4,096 images of
+    16 x 16 pixels python -m benchmarks.batchnorm_gradient --size paper  # ResNet-32 on CIFAR-10,
+    100,000 steps: for a GPU
 
-The question of Ghorbani, Krishnan and Xiao (2019). One ResNet is trained on CIFAR-10 in three ways: without
-normalisation; with BatchNorm on the batch's statistics; with BatchNorm on those of the whole training set, which are
-constants for the gradient. As there, the loss is the mean cross-entropy + 2e-4 x half the squared kernels, for training
-and for the Hessian, whose batches of 128 are fixed: with batch statistics it is that of the mean over these batches. At
-every checkpoint: the density, zeta = lambda_1 / lambda_10 of the largest eigenvalues, and the gradient's concentration,
-the share of its squared norm in their eigenspace. A fourth row, "seen otherwise", is the network trained with the
-batch's statistics under those of the whole set: the same parameters, another Hessian.
+The question of Ghorbani, Krishnan and Xiao (2019). One ResNet is trained on CIFAR-10 in three ways:
+without normalisation; with BatchNorm on the batch's statistics; with BatchNorm on those of the
+whole training set, which are constants for the gradient. As there, the loss is the mean
+cross-entropy + 2e-4 x half the squared kernels, for training and for the Hessian, whose batches of
+128 are fixed: with batch statistics it is that of the mean over these batches. At every checkpoint:
+the density, zeta = lambda_1 / lambda_10 of the largest eigenvalues, and the gradient's
+concentration, the share of its squared norm in their eigenspace. A fourth row, "seen otherwise", is
+the network trained with the batch's statistics under those of the whole set: the same parameters,
+another Hessian.
 
-Answer (2026-11-21, one key; the Hessian's data are the first 1,024 training images; 90 products a line):
+Answer (2026-11-21, one key; the Hessian's data are the first 1,024 training images; 90 products a
+line):
 
-                             step    loss  train   test  lambda_1 lambda_10  smallest    zeta  concentration
-    none                        0   2.992   9.0%   7.8%    99.117    13.614   -21.193    7.28          0.957
-    none                       32   2.141  21.1%  21.1%     9.917     0.959    -0.497   10.34          0.722
-    none                      128   1.816  33.0%  31.6%    11.863     1.309    -0.824    9.06          0.882
-    none                      512   1.286  56.3%  44.0%    10.648     2.282    -0.374    4.67          0.780
-    none                    1,024   0.527  85.9%  44.8%    14.122     4.227    -0.218    3.34          0.746
-    batch                       0   2.593   9.2%   8.8%     4.895     1.076   -21.139    4.55          0.749
-    batch                      32   1.930  29.8%  29.0%     6.097     1.247    -0.489    4.89          0.651
-    batch                     128   1.553  45.5%  41.0%     4.143     1.518    -0.287    2.73          0.561
-    batch                     512   0.767  75.9%  43.6%     4.069     2.048    -0.350    1.99          0.506
-    batch, seen otherwise     512   0.740  75.9%  43.6%    49.905     6.033    -0.799    8.27          0.792
-    batch                   1,024   0.213  99.5%  45.2%     3.106     1.533    -0.039    2.03          0.259
-    batch, seen otherwise   1,024   0.189  99.5%  45.2%    29.659     3.551    -0.076    8.35          0.283
-    population                  0   2.595   9.2%   8.8%    27.892     5.131    -7.553    5.44          0.921
-    population                 32   1.985  28.9%  28.8%    17.503     1.749    -0.715   10.01          0.325
-    population                128   1.697  37.9%  36.8%    11.790     1.686    -0.368    6.99          0.903
-    population                512   1.587  45.3%  42.4%    10.214     1.549    -0.385    6.60          0.956
-    population              1,024   1.491  52.5%  46.9%    13.120     1.350    -0.115    9.72          0.890
+                             step    loss  train   test  lambda_1 lambda_10  smallest    zeta
+                             concentration
+    none                        0   2.992   9.0%   7.8%    99.117    13.614   -21.193    7.28
+    0.957 none                       32   2.141  21.1%  21.1%     9.917     0.959    -0.497   10.34
+    0.722 none                      128   1.816  33.0%  31.6%    11.863     1.309    -0.824    9.06
+    0.882 none                      512   1.286  56.3%  44.0%    10.648     2.282    -0.374    4.67
+    0.780 none                    1,024   0.527  85.9%  44.8%    14.122     4.227    -0.218    3.34
+    0.746 batch                       0   2.593   9.2%   8.8%     4.895     1.076   -21.139    4.55
+    0.749 batch                      32   1.930  29.8%  29.0%     6.097     1.247    -0.489    4.89
+    0.651 batch                     128   1.553  45.5%  41.0%     4.143     1.518    -0.287    2.73
+    0.561 batch                     512   0.767  75.9%  43.6%     4.069     2.048    -0.350    1.99
+    0.506 batch, seen otherwise     512   0.740  75.9%  43.6%    49.905     6.033    -0.799    8.27
+    0.792 batch                   1,024   0.213  99.5%  45.2%     3.106     1.533    -0.039    2.03
+    0.259 batch, seen otherwise   1,024   0.189  99.5%  45.2%    29.659     3.551    -0.076    8.35
+    0.283 population                  0   2.595   9.2%   8.8%    27.892     5.131    -7.553    5.44
+    0.921 population                 32   1.985  28.9%  28.8%    17.503     1.749    -0.715   10.01
+    0.325 population                128   1.697  37.9%  36.8%    11.790     1.686    -0.368    6.99
+    0.903 population                512   1.587  45.3%  42.4%    10.214     1.549    -0.385    6.60
+    0.956 population              1,024   1.491  52.5%  46.9%    13.120     1.350    -0.115    9.72
+    0.890
 
-As in the paper, zeta is smallest with the batch's statistics at every checkpoint, and large again with the whole set's;
-so it is the statistics that follow the weights, not the normalisation. The gradient's concentration agrees but for
-step 32. Unlike the paper's, neither effect is absent with the batch's statistics early in training (concentration 0.75
-to 0.51), and without normalisation zeta falls as the training set is fitted. How slowly the population's loss falls
-depends on how old its statistics are, here up to three steps (`refresh_every`): it is no clean comparison of speeds.
+As in the paper, zeta is smallest with the batch's statistics at every checkpoint, and large again
+with the whole set's; so it is the statistics that follow the weights, not the normalisation. The
+gradient's concentration agrees but for step 32. Unlike the paper's, neither effect is absent with
+the batch's statistics early in training (concentration 0.75 to 0.51), and without normalisation
+zeta falls as the training set is fitted. How slowly the population's loss falls depends on how old
+its statistics are, here up to three steps (`refresh_every`): it is no clean comparison of speeds.
 """
 
 import argparse
@@ -55,7 +63,7 @@ from benchmarks.models import training
 from benchmarks.models.data import cifar10, downsample
 from benchmarks.models.resnet import ResNet, normalise
 from hessdensity import adapters, losses
-from hessdensity.plots import plot_density
+from hessdensity.plots.density import plot_density
 
 RANK = 10  # the number of classes
 BATCH_SIZE = 128
@@ -86,7 +94,8 @@ class Size(NamedTuple):
 SIZES = {
     "trial": Size(8, 8, 8, 256, 100, 128, 8, {}, 1, (0, 4, 8), False, deflation_steps=20, lanczos_steps=5),
     "small": Size(8, 8, 16, 4096, 2000, 1024, 1024, {768: 0.1}, 4, (0, 32, 128, 512, 1024), False),
-    # The whole set's statistics cost a pass over it, as much as many steps: they are a few steps old.
+    # The whole set's statistics cost a pass over it, as much as many steps: they are a few steps
+    # old.
     "paper": Size(
         32, 16, 32, 50_000, 10_000, 50_000, 100_000, {40_000: 0.1, 60_000: 0.1, 80_000: 0.1}, 100,
         (0, 500, 5_000, 30_000, 50_000, 100_000), True, deflation_steps=90, lanczos_steps=60,
@@ -104,12 +113,17 @@ def problem(model: ResNet, variables: Any, statistics: str) -> tuple[Any, Any]:
     options: dict[str, Any] = {}
     if model.normalise:
         stored = statistics == POPULATION
-        options = {"batch_statistics": "stored" if stored else "batch", "use_running_average": stored}
+        options = {
+            "batch_statistics": "stored" if stored else "batch",
+            "use_running_average": stored,
+        }
     criterion, params = adapters.from_linen(model, variables, losses.cross_entropy, **options)
     return jax.tree_util.Partial(objective, criterion), params
 
 
-def measure(model: ResNet, variables: Any, statistics: str, data: Any, size: Size) -> dict[str, Any]:
+def measure(
+    model: ResNet, variables: Any, statistics: str, data: Any, size: Size
+) -> dict[str, Any]:
     """The figures of one checkpoint, with its density."""
     start, key = time.perf_counter(), jax.random.key(2)
     loss, params = problem(model, variables, statistics)
@@ -126,8 +140,11 @@ def measure(model: ResNet, variables: Any, statistics: str, data: Any, size: Siz
     top, num_matvecs = density.eigenspace[:RANK], density.num_matvecs
     accepted = TOLERANCE * np.abs(density.eigenspace.values).max()
     if np.any(top.residuals > accepted):
-        # Early in training the ten largest are no outliers, and a single run does not find them all.
-        top = hd.top_eigenspace(hessian, key, RANK, which="LA", tolerance=TOLERANCE, start=top, progress=False)
+        # Early in training the ten largest are no outliers, and a single run does not find them
+        # all.
+        top = hd.top_eigenspace(
+            hessian, key, RANK, which="LA", tolerance=TOLERANCE, start=top, progress=False
+        )
         num_matvecs += top.num_matvecs
     gradient = hd.gradient(loss, params, data)
     smallest, trace = density.extremes().smallest, density.trace()
@@ -181,18 +198,13 @@ def experiment(size: Size, variant: str) -> Iterator[dict[str, Any]]:
             yield {"variant": SEEN, **about, **measure(model, variables, POPULATION, data, size)}
 
 
-HEADER = (
-    f"{'':22}{'step':>7}{'loss':>8}{'train':>7}{'test':>7}{'lambda_1':>10}{'lambda_10':>10}{'smallest':>10}"
-    f"{'zeta':>8}{'concentration':>15}"
-)
+HEADER = f"{'':22}{'step':>7}{'loss':>8}{'train':>7}{'test':>7}{'lambda_1':>10}{'lambda_10':>10}{'smallest':>10}{'zeta':>8}{'concentration':>15}"
 
 
 def row(record: dict[str, Any]) -> str:
     """One line of the table."""
     return (
-        f"{record['variant']:22}{record['step']:>7,}{record['loss']:>8.3f}{record['train_accuracy']:>7.1%}"
-        f"{record['test_accuracy']:>7.1%}{record['eigenvalues'][0]:>10.3f}{record['eigenvalues'][-1]:>10.3f}"
-        f"{record['smallest'][0]:>10.3f}{record['zeta']:>8.2f}{record['gradient_concentration'][-1]:>15.3f}"
+        f"{record['variant']:22}{record['step']:>7,}{record['loss']:>8.3f}{record['train_accuracy']:>7.1%}{record['test_accuracy']:>7.1%}{record['eigenvalues'][0]:>10.3f}{record['eigenvalues'][-1]:>10.3f}{record['smallest'][0]:>10.3f}{record['zeta']:>8.2f}{record['gradient_concentration'][-1]:>15.3f}"
         + ("" if record["converged"] else "  not converged")
     )
 
@@ -214,18 +226,31 @@ def draw(records: list[dict[str, Any]], size: Size) -> plt.Figure:
         for record, color in ((before, "0.7"), (last, f"C{column}")):
             width = record["eigenvalues"][0] / 200
             label = f"step {record['step']:,}"
-            plot_density(record["density"], ax, bandwidth=width, color=color, label=label, outliers=record is last)
+            plot_density(
+                record["density"],
+                ax,
+                bandwidth=width,
+                color=color,
+                label=label,
+                outliers=record is last,
+            )
         ax.set_title(titles[variant], fontsize=10)
         ax.legend(frameon=False, fontsize=7)
     panels = {
         "loss": lambda record: record["loss"],
         "zeta = lambda_1 / lambda_10": lambda record: record["zeta"],
-        "gradient's share in the top 10 eigenvectors": lambda record: record["gradient_concentration"][-1],
+        "gradient's share in the top 10 eigenvectors": lambda record: record[
+            "gradient_concentration"
+        ][-1],
     }
     for index, (name, value) in enumerate(panels.items()):
         ax = figure.add_subplot(grid[1, 4 * index : 4 * index + 4])
         for column, variant in enumerate(variants):
-            points = [(record["step"], value(record)) for record in records if record["variant"] == variant]
+            points = [
+                (record["step"], value(record))
+                for record in records
+                if record["variant"] == variant
+            ]
             style = "--" if variant == SEEN else "-"
             ax.plot(*zip(*points, strict=True), "o" + style, color=f"C{column}", label=variant)
         ax.set_xscale("symlog", linthresh=min(step for step in size.checkpoints if step))
@@ -247,7 +272,10 @@ def main() -> None:
             records.append(record)
             print(row(record), flush=True)
         # After every variant: an hour's work should survive the next one's failure.
-        kept = [{name: value for name, value in record.items() if name != "density"} for record in records]
+        kept = [
+            {name: value for name, value in record.items() if name != "density"}
+            for record in records
+        ]
         path = save(f"batchnorm_gradient_{name}", {"size": size._asdict(), "checkpoints": kept})
     draw(records, size).savefig(path.with_suffix(".png"), dpi=110)
     print(f"saved in {path.name}, drawn in {path.with_suffix('.png').name}")

@@ -2,26 +2,26 @@
 
     python -m benchmarks.bounds
 
-200 random spectra of five kinds (power laws, a bulk with outliers, clusters, indefinite, many exact zeros), one random
-rotation and one estimate each, with and without deflation, at settings drawn at random. On each: `cdf_bounds` at 50
-points and `mass` of 20 intervals, by cause, given an enclosure of the spectrum; the residual bounds of `extremes`; and
-whether the estimated error, which `tolerance=` acts on, is above the true W1.
+200 random spectra of five kinds (power laws, a bulk with outliers, clusters, indefinite, many exact
+zeros), one random rotation and one estimate each, with and without deflation, at settings drawn at
+random. On each: `cdf_bounds` at 50 points and `mass` of 20 intervals, by cause, given an enclosure
+of the spectrum; the residual bounds of `extremes`; and whether the estimated error, which
+`tolerance=` acts on, is above the true W1.
 
-Quadrature and coupling are bounds for certain: they are compared with the cumulative of what the probes themselves
-would see after infinitely many steps, which is known here, since the matrix is. The combined bounds are compared with
-the spectrum, at their nominal 95 %.
+Quadrature and coupling are bounds for certain: they are compared with the cumulative of what the
+probes themselves would see after infinitely many steps, which is known here, since the matrix is.
+The combined bounds are compared with the spectrum, at their nominal 95 %.
 
 Answer (2026-11-21), held of how many:
 
-    quadrature, against the probes' own measure    10000 of 10000
-    coupling, 1/n and 2 beta/n                       200 of 200
-    cdf, plain and deflated                         99.68 %, 99.94 %  (nominal 95 %)
-    mass, plain and deflated                        99.85 %, 100 %
-    extremes, plain and deflated                      400 of 400, 400 of 400
-    estimated error above the true W1                84 %, 83 %; over the true one, median 1.6 and 1.5
+    quadrature, against the probes' own measure    10000 of 10000 coupling, 1/n and 2 beta/n
+    200 of 200 cdf, plain and deflated                         99.68 %, 99.94 %  (nominal 95 %)
+    mass, plain and deflated                        99.85 %, 100 % extremes, plain and deflated
+    400 of 400, 400 of 400 estimated error above the true W1                84 %, 83 %; over the
+    true one, median 1.6 and 1.5
 
-The mean width of the cumulative's combined bounds is 0.12 to 0.43 plain, 0.09 to 0.38 deflated, by kind.
-"""
+The mean width of the cumulative's combined bounds is 0.12 to 0.43 plain, 0.09 to 0.38 deflated, by
+kind."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ import numpy as np
 
 import hessdensity as hd
 from benchmarks._harness import save
-from hessdensity import _trees
+from hessdensity.vectors import trees as _trees
 
 SPECTRA = 200
 POINTS = 50
@@ -62,7 +62,8 @@ KINDS = ("power law", "bulk and outliers", "clusters", "indefinite", "many zeros
 def seen_by_probes(
     operator: hd.Matrix, key: jax.Array, density: hd.SpectralDensity, x: np.ndarray, rounding: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(least, most) of the cumulative that a plain run's probes would show after infinitely many steps.
+    """(least, most) of the cumulative that a plain run's probes would show after infinitely many
+    steps.
 
     From the dense matrix; an eigenvalue within the rounding of x may lie on either side of it.
     """
@@ -70,7 +71,9 @@ def seen_by_probes(
     probes = np.asarray(_trees.random_block(key, 0, len(density.rules), operator.like), float)
     weights = np.mean((probes @ vectors) ** 2, axis=0)
     sums = np.concatenate([[0.0], np.cumsum(weights / weights.sum())])
-    return tuple(sums[np.searchsorted(values, x + sign * rounding, side="right")] for sign in (-1, 1))
+    return tuple(
+        sums[np.searchsorted(values, x + sign * rounding, side="right")] for sign in (-1, 1)
+    )
 
 
 def one(index: int) -> dict:
@@ -96,7 +99,10 @@ def one(index: int) -> dict:
     margin = 0.01 * np.ptp(values)
     enclosure = (values[0] - margin, values[-1] + margin)
     # Not within the rounding of an eigenvalue, where the question has no answer in float32.
-    x = rng.choice(np.concatenate([values, rng.uniform(values[0], values[-1], n)]), 4 * POINTS) + 8 * slack
+    x = (
+        rng.choice(np.concatenate([values, rng.uniform(values[0], values[-1], n)]), 4 * POINTS)
+        + 8 * slack
+    )
     x = x[np.abs(x[:, None] - values).min(axis=1) > 4 * slack][:POINTS]
     truth = np.searchsorted(values, x, side="right") / n
     ends = np.sort(rng.choice(x, (INTERVALS, 2)), axis=1)
@@ -109,8 +115,13 @@ def one(index: int) -> dict:
         held = (bounds.lower <= truth + 1e-9) & (truth <= bounds.upper + 1e-9)
         masses = [density.mass(a, b) for a, b in ends]
         exact = [np.mean((values >= a) & (values <= b)) for a, b in ends]
-        inside = [m.lower <= e + 1e-9 and e <= m.upper + 1e-9 for m, e in zip(masses, exact, strict=True)]
-        residual = [np.abs(values - end.value).min() <= end.standard_error + slack for end in density.extremes()]
+        inside = [
+            m.lower <= e + 1e-9 and e <= m.upper + 1e-9 for m, e in zip(masses, exact, strict=True)
+        ]
+        residual = [
+            np.abs(values - end.value).min() <= end.standard_error + slack
+            for end in density.extremes()
+        ]
         error = density.description["error"]["total"]
         result[name] = {
             "cdf": [int(held.sum()), x.size],
@@ -172,16 +183,25 @@ def main() -> None:
         for name in ("plain", "deflated")
     }
     for name, (low, middle, high) in ratios.items():
-        print(f"estimated error over true W1, {name}: median {middle:.2f}, 90 % between {low:.2f} and {high:.2f}")
+        print(
+            f"estimated error over true W1, {name}: median {middle:.2f}, 90 % between {low:.2f} "
+            f"and {high:.2f}"
+        )
     print("by kind, combined cdf bounds: share held, and mean width")
     for kind in KINDS:
         chosen = [r for r in runs if r["kind"] == kind]
         cells = []
         for name in ("plain", "deflated"):
-            held, width = share([r[name]["cdf"] for r in chosen])["share"], np.mean([r[name]["width"] for r in chosen])
+            held, width = (
+                share([r[name]["cdf"] for r in chosen])["share"],
+                np.mean([r[name]["width"] for r in chosen]),
+            )
             cells.append(f"{name} {held:.2%}, {width:.3f}")
         print(f"  {kind:20}{'   '.join(cells)}")
-    path = save("bounds", {"table": table, "error_ratio": {k: list(v) for k, v in ratios.items()}, "runs": runs})
+    path = save(
+        "bounds",
+        {"table": table, "error_ratio": {k: list(v) for k, v in ratios.items()}, "runs": runs},
+    )
     print(f"saved in {path.name}")
 
 

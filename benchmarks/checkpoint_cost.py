@@ -2,14 +2,13 @@
 
     python -m benchmarks.checkpoint_cost
 
-ResNet-50, 25,557,032 weights, 224 x 224 random images in one batch of 256, 16 at a time (`microbatch`), stored
-statistics. The vectors of Lanczos steps, one probe, are saved as `checkpoint=` does, each on its own: "blocked" is the
-time until the run may go on, "whole" the time until the step is on disk, which another thread spends beside the next
-product.
+ResNet-50, 25,557,032 weights, 224 x 224 random images in one batch of 256, 16 at a time
+(`microbatch`), stored statistics. The vectors of Lanczos steps, one probe, are saved as
+`checkpoint=` does, each on its own: "blocked" is the time until the run may go on, "whole" the time
+until the step is on disk, which another thread spends beside the next product.
 
-Answer (2026-11-21, 2 shared cores of an AMD EPYC, beside other work): 94.6 MB a step; blocked 0.048 s and whole 0.48 s,
-0.016 % and 0.16 % of a product's 291 s.
-"""
+Answer (2026-11-21, 2 shared cores of an AMD EPYC, beside other work): 94.6 MB a step; blocked 0.048
+s and whole 0.48 s, 0.016 % and 0.16 % of a product's 291 s."""
 
 import argparse
 import shutil
@@ -26,23 +25,32 @@ import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.imagenet_networks import NETWORKS
 from hessdensity import adapters, losses
-from hessdensity._resume import Steps
+from hessdensity.runs.steps import Steps
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--microbatch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     network, random = NETWORKS["resnet50"], np.random.default_rng(0)
-    images = network.normalise(random.integers(0, 256, (args.batch_size, network.size, network.size, 3), np.uint8))
+    images = network.normalise(
+        random.integers(0, 256, (args.batch_size, network.size, network.size, 3), np.uint8)
+    )
     batch = np.asarray(images), random.integers(0, 1000, args.batch_size)
     loss, params = adapters.from_linen(
-        network.model, network.initial(jax.random.key(0)), losses.cross_entropy, batch_statistics="stored"
+        network.model,
+        network.initial(jax.random.key(0)),
+        losses.cross_entropy,
+        batch_statistics="stored",
     )
     hessian = hd.Hessian(loss, params, [batch], microbatch=args.microbatch)
-    vectors = jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal((1, *leaf.shape)), leaf.dtype), hessian.like)
+    vectors = jax.tree.map(
+        lambda leaf: jnp.asarray(random.standard_normal((1, *leaf.shape)), leaf.dtype), hessian.like
+    )
 
     blocked, whole = [], []
     folder = Path(tempfile.mkdtemp())
@@ -59,7 +67,10 @@ def main() -> None:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / args.steps
     shutil.rmtree(folder)
     result = {"megabytes_a_step": size / 1e6}
-    result |= {"blocked_seconds": statistics.median(blocked), "whole_seconds": statistics.median(whole)}
+    result |= {
+        "blocked_seconds": statistics.median(blocked),
+        "whole_seconds": statistics.median(whole),
+    }
     print({name: round(value, 4) for name, value in result.items()}, flush=True)
 
     first, *_ = hd.batches(batch, args.microbatch)
@@ -67,7 +78,10 @@ def main() -> None:
     start = time.perf_counter()
     jax.block_until_ready(hessian @ vectors)
     result["product_seconds"] = time.perf_counter() - start
-    result |= {f"{part}_share": result[f"{part}_seconds"] / result["product_seconds"] for part in ("blocked", "whole")}
+    result |= {
+        f"{part}_share": result[f"{part}_seconds"] / result["product_seconds"]
+        for part in ("blocked", "whole")
+    }
     print({name: round(value, 5) for name, value in result.items()}, flush=True)
     if (args.batch_size, args.steps) == (256, 20):
         print(save("checkpoint_cost", result))

@@ -1,23 +1,26 @@
-"""What is the Hessian of a trained CIFAR-10 network like: its density, its outliers, and where the gradient lies?
+"""What is the Hessian of a trained CIFAR-10 network like: its density, its outliers, and where the
+gradient lies?
 
     python -m benchmarks.cifar_trained
 
-ResNet-20 and ResNet-32 with published weights, BatchNorm on its stored statistics, mean cross-entropy over the first
-1,024 training images. One deflated run gives the density; its own Ritz vectors give the ten largest eigenvalues and
-their eigenspace, for no further product. zeta = lambda_1 / lambda_10, and the gradient's concentration, the share of
-its squared norm in that eigenspace, are those of Ghorbani, Krishnan and Xiao (2019).
+ResNet-20 and ResNet-32 with published weights, BatchNorm on its stored statistics, mean
+cross-entropy over the first 1,024 training images. One deflated run gives the density; its own Ritz
+vectors give the ten largest eigenvalues and their eigenspace, for no further product. zeta =
+lambda_1 / lambda_10, and the gradient's concentration, the share of its squared norm in that
+eigenspace, are those of Ghorbani, Krishnan and Xiao (2019).
 
-Answer (2026-11-21, 2 shared cores of an AMD EPYC, about 50 minutes each; ResNet-32 with --deflation-steps 45 and
---num-steps 25). All ten pairs converged. The images are JPEG copies of those that the networks were trained on, hence
-the loss.
+Answer (2026-11-21, 2 shared cores of an AMD EPYC, about 50 minutes each; ResNet-32 with
+--deflation-steps 45 and --num-steps 25). All ten pairs converged. The images are JPEG copies of
+those that the networks were trained on, hence the loss.
 
-                   test    loss   lambda_1   lambda_10   zeta   smallest          trace   concentration
-    ResNet-20    81.03%   0.485      170.3        35.6   4.79      -4.30    2008 +- 70            0.879
-    ResNet-32    82.56%   0.503      296.0        46.1   6.42      -4.53   2786 +- 121            0.728
+                   test    loss   lambda_1   lambda_10   zeta   smallest          trace
+                   concentration
+    ResNet-20    81.03%   0.485      170.3        35.6   4.79      -4.30    2008 +- 70
+    0.879 ResNet-32    82.56%   0.503      296.0        46.1   6.42      -4.53   2786 +- 121
+    0.728
 
-Most of the gradient lies in the top ten directions, as in the paper for networks without batch statistics, but next to
-nothing of it in the first two: 0.001 (ResNet-20) and 0.066 (ResNet-32).
-"""
+Most of the gradient lies in the top ten directions, as in the paper for networks without batch
+statistics, but next to nothing of it in the first two: 0.001 (ResNet-20) and 0.066 (ResNet-32)."""
 
 import argparse
 import time
@@ -33,7 +36,7 @@ from benchmarks.models.data import cifar10, folder
 from benchmarks.models.resnet import ResNet, load_weights, normalise
 from benchmarks.models.training import accuracy
 from hessdensity import adapters, losses
-from hessdensity.plots import plot_density
+from hessdensity.plots.density import plot_density
 
 BATCH_SIZE = 128
 RANK = 10  # the number of classes
@@ -41,7 +44,10 @@ RANK = 10  # the number of classes
 
 def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.SpectralDensity]:
     """The figures of one network, and its density."""
-    model, variables = ResNet(depth), load_weights(folder("weights") / f"cifar10_resnet{depth}.safetensors")
+    model, variables = (
+        ResNet(depth),
+        load_weights(folder("weights") / f"cifar10_resnet{depth}.safetensors"),
+    )
     images, labels = cifar10("test", args.test_images)
     right = accuracy(model, variables, (normalise(images), labels))
     print(f"ResNet-{depth}: {right:.2%} of {len(labels):,} test images right", flush=True)
@@ -86,25 +92,51 @@ def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.Sp
         "trace": [trace.value, trace.standard_error],
         "zeta": float(eigenspace.values[0] / eigenspace.values[-1]),
         "gradient_concentration": np.asarray(concentration).tolist(),
-        "rules": [{"nodes": rule.nodes.tolist(), "weights": rule.weights.tolist()} for rule in density.rules],
+        "rules": [
+            {"nodes": rule.nodes.tolist(), "weights": rule.weights.tolist()}
+            for rule in density.rules
+        ],
     }
     print(density)
     for rank, (value, residual, converged, share) in enumerate(
-        zip(eigenspace.values, eigenspace.residuals, eigenspace.converged, concentration, strict=True), start=1
+        zip(
+            eigenspace.values,
+            eigenspace.residuals,
+            eigenspace.converged,
+            concentration,
+            strict=True,
+        ),
+        start=1,
     ):
         note = "" if converged else "  not converged"
-        print(f"{rank:5} eigenvalue {value:10.4f}, residual {residual:.1e}, gradient up to here {share:.3f}{note}")
-    print(f"      loss {result['loss']:.4f}, zeta {result['zeta']:.2f}, {seconds:.0f} s", flush=True)
+        print(
+            f"{rank:5} eigenvalue {value:10.4f}, residual {residual:.1e}, gradient up to here "
+            f"{share:.3f}{note}"
+        )
+    print(
+        f"      loss {result['loss']:.4f}, zeta {result['zeta']:.2f}, {seconds:.0f} s", flush=True
+    )
     return result, density
 
 
 def draw(result: dict[str, Any], density: hd.SpectralDensity) -> plt.Figure:
     """The density with its ten largest eigenvalues, and the gradient's share in them."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 1))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 1)
+    )
     plot_density(density, left, x_scale="symlog")
     top = [0.02] * RANK
-    left.plot(result["eigenvalues"], top, "|", color="C3", markersize=10, transform=left.get_xaxis_transform())
-    left.set_title(f"ResNet-{result['depth']} on {result['images']:,} images: {density.num_matvecs} products")
+    left.plot(
+        result["eigenvalues"],
+        top,
+        "|",
+        color="C3",
+        markersize=10,
+        transform=left.get_xaxis_transform(),
+    )
+    left.set_title(
+        f"ResNet-{result['depth']} on {result['images']:,} images: {density.num_matvecs} products"
+    )
     right.bar(np.arange(1, RANK + 1), result["gradient_concentration"], color="C3")
     right.set(ylim=(0, 1), xlabel="k", ylabel="share of |gradient|$^2$ in the top k eigenvectors")
     return figure

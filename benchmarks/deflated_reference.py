@@ -2,14 +2,15 @@
 
     python -m benchmarks.deflated_reference
 
-As benchmarks/deflation.py, not on a matrix with the network's spectrum but on its Hessian: 784-20-10, 2,000 MNIST
-images, 15,910 eigenvalues known. Targets, means over 20 keys: W1/range <= 6e-5 with 120 products, <= 5e-5 with 180
-(plain quadrature needs 900 for 6.2e-5); trace within 3.5 % rms with 180.
+As benchmarks/deflation.py, not on a matrix with the network's spectrum but on its Hessian:
+784-20-10, 2,000 MNIST images, 15,910 eigenvalues known. Targets, means over 20 keys: W1/range <=
+6e-5 with 120 products, <= 5e-5 with 180 (plain quadrature needs 900 for 6.2e-5); trace within 3.5 %
+rms with 180.
 
-Answer (2026-11-21): 180 products, W1/range mean 3.52e-5, worst 6.1e-5, trace 2.14 % rms; 120 products, 4.06e-5, 6.3e-5
-and 2.62 %. The estimated error, 4.1e-5 and 5.3e-5 on average, was above the truth in 18 runs of 20 each; the trace's
-interval held it in 19. 40 to 45 eigenvalues were found.
-"""
+Answer (2026-11-21): 180 products, W1/range mean 3.52e-5, worst 6.1e-5, trace 2.14 % rms; 120
+products, 4.06e-5, 6.3e-5 and 2.62 %. The estimated error, 4.1e-5 and 5.3e-5 on average, was above
+the truth in 18 runs of 20 each; the trace's interval held it in 19. 40 to 45 eigenvalues were
+found."""
 
 import jax
 import numpy as np
@@ -31,9 +32,12 @@ def main() -> None:
     true_trace = float(eigenvalues.sum())
     for name, settings in SETTINGS.items():
         densities = [
-            hd.spectral_density(hessian, jax.random.key(key), progress=False, **settings) for key in range(KEYS)
+            hd.spectral_density(hessian, jax.random.key(key), progress=False, **settings)
+            for key in range(KEYS)
         ]
-        w1, l1 = zip(*(exact.errors(density, exact.smoothed(density)) for density in densities), strict=True)
+        w1, l1 = zip(
+            *(exact.errors(density, exact.smoothed(density)) for density in densities), strict=True
+        )
         traces = [density.trace() for density in densities]
         result = {
             "num_matvecs": densities[0].num_matvecs,
@@ -50,10 +54,18 @@ def main() -> None:
         above = sum(e >= w for e, w in zip(result["estimated_error"], w1, strict=True))
         print(f"{name}: {result['num_matvecs']} products, {KEYS} keys")
         print(f"  W1/range mean {np.mean(w1):.2e}, worst {max(w1):.1e}")
-        print(f"  estimated {np.mean(result['estimated_error']):.1e} on average; above the truth in {above} runs")
+        print(
+            f"  estimated {np.mean(result['estimated_error']):.1e} on average; above the truth in "
+            f"{above} runs"
+        )
         print(f"  L1 mean {np.mean(l1):.4f}, worst {max(l1):.4f}")
-        print(f"  trace rms {rms:.2%}; its interval held the exact one {result['trace_held']} times")
-        print(f"  eigenvalues found: {min(result['outliers'])} to {max(result['outliers'])}", flush=True)
+        print(
+            f"  trace rms {rms:.2%}; its interval held the exact one {result['trace_held']} times"
+        )
+        print(
+            f"  eigenvalues found: {min(result['outliers'])} to {max(result['outliers'])}",
+            flush=True,
+        )
         if not settings:
             median = densities[int(np.argsort(w1)[KEYS // 2])]
     path = save("deflated_reference", results)

@@ -2,17 +2,19 @@
 
     python -m benchmarks.deflation
 
-Plain: k probes of m steps. Implicit: the same, with every isolated eigenvalue that a probe found reset to weight 1/n
-(needs no basis afterwards). Krylov: what `spectral_density` does, a run of m0 steps whose basis all probes avoid, its
-own quadrature counting as one more probe; "without its own" leaves that out. Sequential: every run avoids the bases of
-all before it; the last k - 1 are averaged.
+Plain: k probes of m steps. Implicit: the same, with every isolated eigenvalue that a probe found
+reset to weight 1/n (needs no basis afterwards). Krylov: what `spectral_density` does, a run of m0
+steps whose basis all probes avoid, its own quadrature counting as one more probe; "without its own"
+leaves that out. Sequential: every run avoids the bases of all before it; the last k - 1 are
+averaged.
 
-On spectra that are known exactly: the trained 784-20-10 network's (15,910 eigenvalues, W1 over the range) and five
-synthetic ones. A probe uniform on the sphere sees nothing of a matrix but its spectrum, so that the matrices are
-random rotations of these eigenvalues.
+On spectra that are known exactly: the trained 784-20-10 network's (15,910 eigenvalues, W1 over the
+range) and five synthetic ones. A probe uniform on the sphere sees nothing of a matrix but its
+spectrum, so that the matrices are random rotations of these eigenvalues.
 
-Answer (2026-11-21), W1/range with 180 products (plain 60 x 3; Krylov 90, then 45 x 2; the same without its own;
-sequential 60 x 3), and the trace's relative error, rms; 20 keys on the network's spectrum, 4 on the others:
+Answer (2026-11-21), W1/range with 180 products (plain 60 x 3; Krylov 90, then 45 x 2; the same
+without its own; sequential 60 x 3), and the trace's relative error, rms; 20 keys on the network's
+spectrum, 4 on the others:
 
                                  plain            Krylov           without its own  sequential
     trained network              1.58e-4  12 %    3.30e-5 2.0 %    3.90e-5 2.2 %    3.44e-5 2.2 %
@@ -22,10 +24,10 @@ sequential 60 x 3), and the trace's relative error, rms; 20 keys on the network'
     multiple outliers            7.75e-4 6.9 %    5.72e-4 7.2 %    7.62e-4 4.9 %    5.38e-4 3.5 %
     no outliers                  4.41e-3 0.2 %    4.20e-3 0.5 %    6.10e-3 0.6 %    4.81e-3 0.4 %
 
-120 products, 80 then 40 x 1, give 3.77e-5 on the network. The run's own quadrature is worth a fifth of the error where
-the bulk is broad, and costs a little where there is none. Sequential deflation is about as good, the better the lighter
-the tail, and takes a pass over the data for every product: the default is 90, then 45 x 2.
-"""
+120 products, 80 then 40 x 1, give 3.77e-5 on the network. The run's own quadrature is worth a fifth
+of the error where the bulk is broad, and costs a little where there is none. Sequential deflation
+is about as good, the better the lighter the tail, and takes a pass over the data for every product:
+the default is 90, then 45 x 2."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,8 +40,10 @@ import numpy as np
 import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.data import folder
-from hessdensity import _trees, deflation, lanczos
-from hessdensity.quadrature import Rule, Tridiagonal, gauss_rule
+from hessdensity.krylov import lanczos
+from hessdensity.spectra import deflation
+from hessdensity.spectra.quadrature import Rule, Tridiagonal, gauss_rule
+from hessdensity.vectors import trees as _trees
 
 KEYS = 20  # on the network's spectrum
 SYNTHETIC_KEYS = 4
@@ -73,7 +77,9 @@ def spectra() -> dict[str, np.ndarray]:
         "zeros, bulk, outliers": np.concatenate(
             [np.linalg.eigvalsh(gram @ gram.T / 3000), np.zeros(4490), np.linspace(5, 60, 10)]
         ),
-        "multiple outliers": np.concatenate([np.repeat([10.0, 5, 2], [3, 20, 50]), 0.1 * rng.standard_normal(7927)]),
+        "multiple outliers": np.concatenate(
+            [np.repeat([10.0, 5, 2], [3, 20, 50]), 0.1 * rng.standard_normal(7927)]
+        ),
         "no outliers": np.cos(np.pi * (np.arange(8000) + 0.5) / 8000) + 1,
     }
 
@@ -96,11 +102,15 @@ def sequential(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple
     nodes, rules = np.zeros(0), []
     for index in range(settings.num_probes):
         start = _trees.random_block(key, index, 1, operator.like)
-        state = lanczos.init(start, settings.num_steps, lanczos.Basis(chunks, size) if size else None)
+        state = lanczos.init(
+            start, settings.num_steps, lanczos.Basis(chunks, size) if size else None
+        )
         *_, state = lanczos.iterate(operator, state)
         own = gauss_rule(Tridiagonal(state.diagonal[0], state.off_diagonal[0]))
         weights = np.concatenate([np.full(size, 1 / n), own.weights * (1 - size / n)])
-        rules.append(Rule(np.concatenate([nodes, own.nodes]), weights, size, np.zeros(weights.size)))
+        rules.append(
+            Rule(np.concatenate([nodes, own.nodes]), weights, size, np.zeros(weights.size))
+        )
         chunks, size = (*chunks, *state.basis), size + settings.num_steps
         nodes = np.sort(np.concatenate([nodes, own.nodes]))
     return tuple(rules[1:])
@@ -139,10 +149,14 @@ class Exact:
         self.eigenvalues = np.sort(eigenvalues)
         self.range = float(np.ptp(eigenvalues))
         self.width = BANDWIDTH * self.range
-        self.grid = np.linspace(self.eigenvalues[0] - 6 * self.width, self.eigenvalues[-1] + 6 * self.width, 2600)
+        self.grid = np.linspace(
+            self.eigenvalues[0] - 6 * self.width, self.eigenvalues[-1] + 6 * self.width, 2600
+        )
         edges = self.eigenvalues[:, None]
         pieces = np.array_split(self.grid, 20)
-        self.density = np.concatenate([self._kernel(piece - edges).mean(axis=0) for piece in pieces])
+        self.density = np.concatenate(
+            [self._kernel(piece - edges).mean(axis=0) for piece in pieces]
+        )
 
     def _kernel(self, x: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * (x / self.width) ** 2) / (self.width * np.sqrt(2 * np.pi))
@@ -157,7 +171,9 @@ class Exact:
         }
 
 
-def row(exact: Exact, operator: hd.Matrix, name: str, method: Method, settings: Settings, keys: int) -> dict:
+def row(
+    exact: Exact, operator: hd.Matrix, name: str, method: Method, settings: Settings, keys: int
+) -> dict:
     """Mean W1/range and L1, root mean square relative error of the trace, over the keys."""
     errors = [exact.errors(method(operator, jax.random.key(k), settings)) for k in range(keys)]
     w1 = [error["w1"] for error in errors]
@@ -175,11 +191,19 @@ def row(exact: Exact, operator: hd.Matrix, name: str, method: Method, settings: 
 def draw(results: dict[str, list[dict]]) -> plt.Figure:
     """W1 against products, a panel a spectrum, a marker a way to spend them."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-    markers = dict(zip(("plain", "implicit", "without its own", "sequential", "Krylov"), "os^Dv", strict=True))
+    markers = dict(
+        zip(("plain", "implicit", "without its own", "sequential", "Krylov"), "os^Dv", strict=True)
+    )
     for ax, (name, rows) in zip(axes.flat, results.items(), strict=True):
         for method, marker in markers.items():
             chosen = [r for r in rows if r["method"] == method]
-            ax.plot([r["products"] for r in chosen], [r["w1"] for r in chosen], marker, label=method, alpha=0.8)
+            ax.plot(
+                [r["products"] for r in chosen],
+                [r["w1"] for r in chosen],
+                marker,
+                label=method,
+                alpha=0.8,
+            )
         ax.set(xscale="log", yscale="log", title=name)
         ticks = [60, 120, 180, 360, 900]
         ax.set_xticks(ticks, map(str, ticks))
@@ -197,9 +221,14 @@ def main() -> None:
     for name, eigenvalues in spectra().items():
         keys = SYNTHETIC_KEYS if results else KEYS
         exact = Exact(eigenvalues)
-        operator = hd.Matrix.from_eigenvalues(jnp.asarray(eigenvalues, jnp.float32), jax.random.key(1000))
+        operator = hd.Matrix.from_eigenvalues(
+            jnp.asarray(eigenvalues, jnp.float32), jax.random.key(1000)
+        )
         print(f"\n{name}, n = {eigenvalues.size:,}: means over {keys} keys")
-        print(f"{'':16}{'steps':>18}{'products':>9}{'W1 / range':>20}{'L1':>9}{'trace rms':>11}", flush=True)
+        print(
+            f"{'':16}{'steps':>18}{'products':>9}{'W1 / range':>20}{'L1':>9}{'trace rms':>11}",
+            flush=True,
+        )
         results[name] = []
         for method, function, settings in RUNS:
             cell = row(exact, operator, method, function, settings, keys)

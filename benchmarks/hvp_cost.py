@@ -1,4 +1,5 @@
-"""What does a Hessian-vector product cost, in gradients, for one vector and for four that share a pass over the data?
+"""What does a Hessian-vector product cost, in gradients, for one vector and for four that share a
+pass over the data?
 
     python -m benchmarks.hvp_cost
 
@@ -32,7 +33,11 @@ def mlp() -> Problem:
     model = MLP((256, 256, 10))
     batch = jax.random.normal(KEY, (512, 784)), jax.random.randint(KEY, (512,), 0, 10)
     params = model.init(KEY, batch[0])["params"]
-    return lambda params, batch: cross_entropy(model.apply({"params": params}, batch[0]), batch[1]), params, batch
+    return (
+        lambda params, batch: cross_entropy(model.apply({"params": params}, batch[0]), batch[1]),
+        params,
+        batch,
+    )
 
 
 def resnet20() -> Problem:
@@ -42,7 +47,9 @@ def resnet20() -> Problem:
     stats = variables["batch_stats"]
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        logits = model.apply({"params": params, "batch_stats": stats}, batch[0], use_running_average=True)
+        logits = model.apply(
+            {"params": params, "batch_stats": stats}, batch[0], use_running_average=True
+        )
         return cross_entropy(logits, batch[1])
 
     return loss, variables["params"], batch
@@ -53,7 +60,11 @@ def gpt() -> Problem:
     tokens = jax.random.randint(KEY, (32, 65), 0, 65)
     batch = tokens[:, :-1], tokens[:, 1:]
     params = model.init(KEY, batch[0])["params"]
-    return lambda params, batch: cross_entropy(model.apply({"params": params}, batch[0]), batch[1]), params, batch
+    return (
+        lambda params, batch: cross_entropy(model.apply({"params": params}, batch[0]), batch[1]),
+        params,
+        batch,
+    )
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -71,7 +82,8 @@ def cost(problem: Problem, repeats: int) -> dict[str, Any]:
     gradient = jax.jit(jax.grad(loss))
     hessian = hd.Hessian(loss, params, [batch])
     one, four = random_block(params, 1), random_block(params, 4)
-    # The operator's default precision for the gradient too: else, on a GPU, TF32 would be compared with float32.
+    # The operator's default precision for the gradient too: else, on a GPU, TF32 would be compared
+    # with float32.
     with jax.default_matmul_precision("highest"):
         timings = interleave(
             {
@@ -100,7 +112,7 @@ if __name__ == "__main__":
     for name, (problem, repeats) in problems.items():
         result[name] = answer = cost(problem(), repeats)
         print(
-            f"{name:32}{answer['num_params']:>10,}{answer['seconds']['gradient']['median']:>10.4f} s"
-            f"{answer['gradients_per_product']:>8.2f}{answer['gradients_per_product_of_four']:>15.2f}"
+            f"{name:32}{answer['num_params']:>10,}{answer['seconds']['gradient']['median']:>10.4f} "
+            f"s{answer['gradients_per_product']:>8.2f}{answer['gradients_per_product_of_four']:>15.2f}"
         )
     print(f"H v in gradients per vector; saved in {save('hvp_cost', result).name}")

@@ -1,21 +1,23 @@
 """What is the spectrum of an ImageNet network's Hessian: its density and its top eigenvalues?
 
-    python benchmarks/imagenet.py --model squeezenet1_1 --weights FILE.safetensors --data IMAGES --checkpoint FOLDER
+    python benchmarks/imagenet.py --model squeezenet1_1 --weights FILE.safetensors --data IMAGES
+    --checkpoint FOLDER
 
-IMAGES is an ImageFolder's root (ROOT/WORDNET_ID/*.JPEG) or Parquet shards. The images are decoded once; every product
-then reads the same bytes in the same order. A killed run goes on where it was: the same command again. On a cluster,
-the same command with --distributed on every process.
+IMAGES is an ImageFolder's root (ROOT/WORDNET_ID/*.JPEG) or Parquet shards. The images are decoded
+once; every product then reads the same bytes in the same order. A killed run goes on where it was:
+the same command again. On a cluster, the same command with --distributed on every process.
 
 Answer (2026-11-21, 2 shared cores of an AMD EPYC, JAX 0.10.2), of
 
-    python benchmarks/imagenet.py --model squeezenet1_1 --weights ... --data ... --num-images 100 --batch-size 10 \\
-        --num-steps 40 --num-probes 1 --deflation-steps 40 --checkpoint ... --cache ...
+    python benchmarks/imagenet.py --model squeezenet1_1 --weights ... --data ... --num-images 100
+        --batch-size 10 \\ --num-steps 40 --num-probes 1 --deflation-steps 40 --checkpoint ...
+        --cache ...
 
-killed (kill -9) after 22 of its 80 products and given again: the trained SqueezeNet 1.1, top-1 62.0 % and top-5 82.0 %
-of 100 images of both shards, mean loss 1.652. Ten eigenvalues with residuals from 2.9e-4 to 2.4e-2: 259.5, 236.1,
-212.6, 199.1, 187.6, 183.9, 170.0, 161.9, 152.9, 148.8; smallest -23.2; trace 11986 +- 680. The second run took 1,288 s
-for 58 products, beside other work on the machine, and waited for the loader 0.1 % of the time.
-"""
+killed (kill -9) after 22 of its 80 products and given again: the trained SqueezeNet 1.1, top-1 62.0
+% and top-5 82.0 % of 100 images of both shards, mean loss 1.652. Ten eigenvalues with residuals
+from 2.9e-4 to 2.4e-2: 259.5, 236.1, 212.6, 199.1, 187.6, 183.9, 170.0, 161.9, 152.9, 148.8;
+smallest -23.2; trace 11986 +- 680. The second run took 1,288 s for 58 products, beside other work
+on the machine, and waited for the loader 0.1 % of the time."""
 
 import json
 import sys
@@ -46,7 +48,8 @@ from hessdensity import distributed
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """loss(statistics, params, batch) over the batch's rows that hold an image. Equal for equal networks."""
+    """loss(statistics, params, batch) over the batch's rows that hold an image. Equal for equal
+    networks."""
 
     network: Network
 
@@ -59,7 +62,8 @@ class CrossEntropy:
 
 
 def problem(network: Network, variables: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(loss, params) for `hd.Hessian`; statistics are arguments of what is compiled, like the parameters."""
+    """(loss, params) for `hd.Hessian`; statistics are arguments of what is compiled, like the
+    parameters."""
     statistics = {name: collection for name, collection in variables.items() if name != "params"}
     return jax.tree_util.Partial(CrossEntropy(network), statistics), variables["params"]
 
@@ -67,13 +71,16 @@ def problem(network: Network, variables: Mapping[str, Any]) -> tuple[Any, Any]:
 def accuracy(
     network: Network, variables: Mapping[str, Any], data: Iterable[Batch], mesh: Mesh | None
 ) -> tuple[float, float, int]:
-    """Shares of the images whose label is the first, and among the first five, and how many there are."""
+    """Shares of the images whose label is the first, and among the first five, and how many there
+    are."""
     counts = [0, 0, 0]
     for batch in data:
         if mesh is not None:
             rows = NamedSharding(mesh, PartitionSpec("data"))
             batch = tuple(jax.make_array_from_process_local_data(rows, part) for part in batch)
-        counts = [a + int(b) for a, b in zip(counts, _right(network, variables, batch), strict=True)]
+        counts = [
+            a + int(b) for a, b in zip(counts, _right(network, variables, batch), strict=True)
+        ]
     first, five, images = counts
     if not images:
         raise ValueError("none of the images can be read; see what was skipped")
@@ -94,8 +101,9 @@ def read(settings: dict[str, Any], network: Network, devices: int, progress: boo
     source = open_source(settings["data"])
     if settings["weights"] and source.num_classes not in (None, 1000):
         raise ValueError(
-            f"{settings['data']} has {source.num_classes} class folders, but the weights know 1,000 classes by the "
-            "positions of their sorted WordNet ids; add the missing folders, empty ones will do"
+            f"{settings['data']} has {source.num_classes} class folders, but the weights know "
+            "1,000 classes by the positions of their sorted WordNet ids; add the missing folders, "
+            "empty ones will do"
         )
     return load(
         source,
@@ -116,7 +124,11 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     network = NETWORKS[settings["model"]]
     mesh, devices = None, 1
     progress = settings["progress"] and jax.process_index() == 0
-    variables = network.load(settings["weights"]) if settings["weights"] else network.initial(jax.random.key(0))
+    variables = (
+        network.load(settings["weights"])
+        if settings["weights"]
+        else network.initial(jax.random.key(0))
+    )
     if not settings["weights"]:
         say("RANDOM WEIGHTS: no --weights given; this is the spectrum of an untrained network.")
     if settings["mesh"] or settings["distributed"]:
@@ -129,10 +141,16 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
         say(f"skipped: {reason}")
     top1, top5, num_images = accuracy(network, variables, data, mesh)
     say(
-        f"{settings['model']}, {num_images:,} images ({len(data.content.unreadable)} skipped, read in "
-        f"{seconds_reading:.0f} s): top-1 {top1:.1%}, top-5 {top5:.1%}"
+        f"{settings['model']}, {num_images:,} images ({len(data.content.unreadable)} skipped, read "
+        f"in {seconds_reading:.0f} s): top-1 {top1:.1%}, top-5 {top5:.1%}"
     )
-    shown = {"desc": "  this pass", "unit": "image", "leave": False, "miniters": 1, "disable": not progress}
+    shown = {
+        "desc": "  this pass",
+        "unit": "image",
+        "leave": False,
+        "miniters": 1,
+        "disable": not progress,
+    }
     with tqdm(total=len(data.content.labels), **shown) as bar:
         # A loader that hangs must not leave the other processes waiting for ever.
         watched = Watched(distributed.watch(data, timeout=600), bar)
@@ -153,7 +171,10 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     top = density.outliers[: settings["rank"]]
     smallest, trace = density.extremes().smallest, density.trace()
     result = {
-        **{name: settings[name] for name in ("model", "batch_size", "num_steps", "num_probes", "deflation_steps")},
+        **{
+            name: settings[name]
+            for name in ("model", "batch_size", "num_steps", "num_probes", "deflation_steps")
+        },
         "trained": bool(settings["weights"]),
         "precision": settings["precision"],
         "num_params": density.dimension,
@@ -192,7 +213,8 @@ def report(result: dict[str, Any], density: hd.SpectralDensity, rank: int, say: 
 
 
 def write(result: dict[str, Any], density: hd.SpectralDensity, out: str | None) -> Path:
-    """Density, figure and JSON, as `out` with their suffixes, or among the benchmarks' results; the JSON's path."""
+    """Density, figure and JSON, as `out` with their suffixes, or among the benchmarks' results; the
+    JSON's path."""
     import matplotlib.pyplot as plt
 
     question = f"imagenet_{result['model']}"
@@ -205,29 +227,68 @@ def write(result: dict[str, Any], density: hd.SpectralDensity, out: str | None) 
     density.save(f"{stem}.npz")
     figure, ax = plt.subplots(figsize=(9, 4.2), layout="constrained")
     density.plot(ax, x_scale="symlog")
-    ax.set_title(f"{result['model']} on {result['num_images']:,} ImageNet images: {result['num_matvecs']} products")
+    ax.set_title(
+        f"{result['model']} on {result['num_images']:,} ImageNet images: {result['num_matvecs']} "
+        "products"
+    )
     figure.savefig(f"{stem}.png", dpi=120)
     return path
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--model", type=click.Choice(list(NETWORKS)), default="squeezenet1_1", help="The network.")
-@click.option("--weights", type=click.Path(exists=True, dir_okay=False), help="Safetensors file, PyTorch's names.")
-@click.option("--data", required=True, help="ImageFolder's root; a Parquet file, a folder of them, or FOLDER/val*.")
-@click.option("--num-images", type=click.IntRange(min=1), help="At most as many, evenly spaced; all by default.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=50, help="Images a batch, over all devices.")
-@click.option("--num-steps", type=click.IntRange(min=1), default=45, help="Lanczos steps of a probe.")
+@click.option(
+    "--model", type=click.Choice(list(NETWORKS)), default="squeezenet1_1", help="The network."
+)
+@click.option(
+    "--weights",
+    type=click.Path(exists=True, dir_okay=False),
+    help="Safetensors file, PyTorch's names.",
+)
+@click.option(
+    "--data",
+    required=True,
+    help="ImageFolder's root; a Parquet file, a folder of them, or FOLDER/val*.",
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    help="At most as many, evenly spaced; all by default.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=50, help="Images a batch, over all devices."
+)
+@click.option(
+    "--num-steps", type=click.IntRange(min=1), default=45, help="Lanczos steps of a probe."
+)
 @click.option("--num-probes", type=click.IntRange(min=1), default=2, help="Random starts.")
-@click.option("--deflation-steps", type=click.IntRange(min=0), default=90, help="Lanczos steps without probe noise.")
-@click.option("--precision", type=click.Choice(["highest", "high", "default"]), default="highest", help="Of products.")
+@click.option(
+    "--deflation-steps",
+    type=click.IntRange(min=0),
+    default=90,
+    help="Lanczos steps without probe noise.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["highest", "high", "default"]),
+    default="highest",
+    help="Of products.",
+)
 @click.option("--seed", default=0, help="Seed of the probes.")
 @click.option("--checkpoint", type=click.Path(), help="Folder that a killed run goes on from.")
-@click.option("--cache", type=click.Path(file_okay=False), help="Folder on a local disk for the decoded images.")
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False),
+    help="Folder on a local disk for the decoded images.",
+)
 @click.option("--skip-unreadable", is_flag=True, help="Leave unreadable images out of every pass.")
 @click.option("--rank", type=click.IntRange(min=1), default=10, help="Top eigenvalues printed.")
 @click.option("--mesh", is_flag=True, help="Spread weights, vectors and batches over all devices.")
-@click.option("--distributed", is_flag=True, help="As --mesh, over all processes of a cluster's job.")
-@click.option("--out", help="Write OUT.npz, OUT.png and OUT.json; among the benchmarks' results by default.")
+@click.option(
+    "--distributed", is_flag=True, help="As --mesh, over all processes of a cluster's job."
+)
+@click.option(
+    "--out", help="Write OUT.npz, OUT.png and OUT.json; among the benchmarks' results by default."
+)
 @click.option("--progress/--no-progress", default=True, help="Show images/s and the time left.")
 def main(**settings: Any) -> None:
     """Density and top eigenvalues of the Hessian of an ImageNet network's mean loss."""
@@ -243,7 +304,10 @@ def main(**settings: Any) -> None:
         raise click.ClickException(str(error)) from error
     if first:
         report(result, density, settings["rank"], say)
-        say(f"saved beside {write(result, density, settings['out']).name}: the density (.npz) and the figure (.png)")
+        say(
+            f"saved beside {write(result, density, settings['out']).name}: the density (.npz) and "
+            "the figure (.png)"
+        )
 
 
 if __name__ == "__main__":

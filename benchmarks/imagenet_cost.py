@@ -1,12 +1,15 @@
-"""What does a Hessian-vector product cost on an accelerator, for ImageNet's networks, beside PyTorch's double backward?
+"""What does a Hessian-vector product cost on an accelerator, for ImageNet's networks, beside
+PyTorch's double backward?
 
-    python -m benchmarks.imagenet_cost                # batches that fill an accelerator
-    python -m benchmarks.imagenet_cost --size trial   # small images and batches: does it run? A few minutes of CPU
+    python -m benchmarks.imagenet_cost                # batches that fill an accelerator python -m
+    benchmarks.imagenet_cost --size trial   # small images and batches: does it run? A few minutes
+    of CPU
 
-SqueezeNet 1.1 and ResNet-50 (stored statistics), float32, in two precisions of products: "highest", and the device's
-default, which on accelerators is shorter (TF32, bfloat16). Both sides have the same weights, batch and vector, and must
-agree on the loss and on H v before anything is timed; then they take turns. PyTorch's inputs are normalised already,
-and of its two memory layouts the faster one counts.
+SqueezeNet 1.1 and ResNet-50 (stored statistics), float32, in two precisions of products: "highest",
+and the device's default, which on accelerators is shorter (TF32, bfloat16). Both sides have the
+same weights, batch and vector, and must agree on the loss and on H v before anything is timed; then
+they take turns. PyTorch's inputs are normalised already, and of its two memory layouts the faster
+one counts.
 
 It has not run on an accelerator yet.
 """
@@ -17,7 +20,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves the other framework its memory
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # leaves the other framework its memory
 
 import click
 import jax
@@ -31,10 +36,13 @@ from benchmarks.models.weights import from_torch
 
 PRECISIONS = ("highest", "default")
 LAYOUTS = ("contiguous_format", "channels_last")
-SIZES = {"full": (None, (64, 128, 256, 512, 1024)), "trial": (64, (4,))}  # pixels (None: the network's), batch sizes
+SIZES = {
+    "full": (None, (64, 128, 256, 512, 1024)),
+    "trial": (64, (4,)),
+}  # pixels (None: the network's), batch sizes
 
-# Dense TFLOP/s of one chip, by the beginning of what JAX calls it, as their makers state them: float32 "highest", and
-# "default". TPUs make a float32 product of six in bfloat16.
+# Dense TFLOP/s of one chip, by the beginning of what JAX calls it, as their makers state them:
+# float32 "highest", and "default". TPUs make a float32 product of six in bfloat16.
 PEAKS = {
     "NVIDIA A100": (19.5, 156.0),
     "NVIDIA H100": (67.0, 494.0),
@@ -61,7 +69,9 @@ class Torch:
         with torch.no_grad():
             for key, leaf in model.named_parameters():
                 if key.endswith("bn3.weight"):
-                    leaf.fill_(0.2)  # else, without trained statistics, the activations grow with every block
+                    leaf.fill_(
+                        0.2
+                    )  # else, without trained statistics, the activations grow with every block
         self.state = {key: leaf.numpy().copy() for key, leaf in model.state_dict().items()}
         self._model = model.to(self.device, memory_format=self._layout)
 
@@ -120,7 +130,11 @@ def jax_thunks(
         with jax.default_matmul_precision(precision):
             return function(params, batch)
 
-    return {"loss": lambda: float(run(value)), "gradient": partial(run, gradient), "product": lambda: hessian @ vector}
+    return {
+        "loss": lambda: float(run(value)),
+        "gradient": partial(run, gradient),
+        "product": lambda: hessian @ vector,
+    }
 
 
 def flops(network: Network, variables: Any, batch: Any, vector: Any) -> dict[str, float]:
@@ -137,10 +151,14 @@ def flops(network: Network, variables: Any, batch: Any, vector: Any) -> dict[str
         "gradient": jax.jit(gradient).lower(params, batch).compile(),
         "product": jax.jit(product).lower(params, vector, batch).compile(),
     }
-    return {name: program.cost_analysis()["flops"] / len(batch[1]) for name, program in compiled.items()}
+    return {
+        name: program.cost_analysis()["flops"] / len(batch[1]) for name, program in compiled.items()
+    }
 
 
-def agree(ours: dict[str, Callable], theirs: dict[str, Callable], names: list[str]) -> dict[str, float]:
+def agree(
+    ours: dict[str, Callable], theirs: dict[str, Callable], names: list[str]
+) -> dict[str, float]:
     """How far the two sides are apart; raises if that is no rounding."""
     product = jax.tree.map(np.asarray, ours["product"]())
     other = from_torch(dict(zip(names, theirs["product"](keep=True), strict=True)))["params"]
@@ -153,7 +171,10 @@ def agree(ours: dict[str, Callable], theirs: dict[str, Callable], names: list[st
     }
     # A unit within rounding of zero may be on here and off there; nothing else sets the two apart.
     if not (apart["loss"] < 1e-4 and apart["product"] < 1e-2):
-        raise RuntimeError(f"the two sides differ, relative to their size, by {apart}: they are not the same problem")
+        raise RuntimeError(
+            f"the two sides differ, relative to their size, by {apart}: they are not the same "
+            "problem"
+        )
     return apart
 
 
@@ -175,7 +196,10 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     network, batch_sizes = NETWORKS[name], settings["batch_sizes"] or batch_sizes
     pixels = pixels or network.size
     torch = {layout: Torch(name, layout) for layout in LAYOUTS}
-    variables, vector = jax.device_put(from_torch(torch[LAYOUTS[0]].state)), torch[LAYOUTS[0]].vector()
+    variables, vector = (
+        jax.device_put(from_torch(torch[LAYOUTS[0]].state)),
+        torch[LAYOUTS[0]].vector(),
+    )
     ours = jax.device_put(from_torch(vector)["params"])
     rng = np.random.default_rng(1)
     result: dict[str, Any] = {"pixels": pixels, "runs": []}
@@ -187,7 +211,9 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         for precision in PRECISIONS:
             mine = jax_thunks(network, variables, batch, ours, precision)
             if not fits(mine["product"]):
-                result["runs"].append({"batch_size": batch_size, "precision": precision, "fits": False})
+                result["runs"].append(
+                    {"batch_size": batch_size, "precision": precision, "fits": False}
+                )
                 continue
             if "apart" not in result:
                 theirs = torch[LAYOUTS[0]].thunks(inputs, labels, vector, precision)
@@ -197,20 +223,33 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
             for layout in LAYOUTS:
                 theirs = torch[layout].thunks(inputs, labels, vector, precision)
                 if fits(theirs["product"]):
-                    timed |= {f"torch {key}, {layout}": theirs[key] for key in ("gradient", "product")}
-            seconds = {key: t._asdict() for key, t in interleave(timed, settings["repeats"]).items()}
-            result["runs"].append(_figures(batch_size, precision, seconds, result["flops_per_image"], settings))
+                    timed |= {
+                        f"torch {key}, {layout}": theirs[key] for key in ("gradient", "product")
+                    }
+            seconds = {
+                key: t._asdict() for key, t in interleave(timed, settings["repeats"]).items()
+            }
+            result["runs"].append(
+                _figures(batch_size, precision, seconds, result["flops_per_image"], settings)
+            )
             _print(name, result["runs"][-1])
     return result
 
 
 def _figures(
-    batch_size: int, precision: str, seconds: dict[str, Any], flops: dict[str, float], settings: dict[str, Any]
+    batch_size: int,
+    precision: str,
+    seconds: dict[str, Any],
+    flops: dict[str, float],
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     product = seconds["product"]["median"]
     peak = settings[f"peak_{precision}"] or _peak(precision)
     torch_gradient, torch_product = (
-        min((t["median"] for key, t in seconds.items() if key.startswith(f"torch {what}")), default=None)
+        min(
+            (t["median"] for key, t in seconds.items() if key.startswith(f"torch {what}")),
+            default=None,
+        )
         for what in ("gradient", "product")
     )
     return {
@@ -237,23 +276,43 @@ def _peak(precision: str) -> float | None:
 def _print(name: str, run: dict[str, Any]) -> None:
     share, faster = run["share_of_peak"], run["times_faster_than_torch"]
     click.echo(
-        f"{name:14}{run['batch_size']:>6}{run['precision']:>9}{run['images_per_second']:>12.1f} images/s"
-        f"{run['product_in_gradients']:>7.2f} gradients{run['tflops_per_second']:>8.2f} TFLOP/s"
-        f"{'' if share is None else f', {share:.1%} of the peak'}"
-        f"{', PyTorch: no memory' if faster is None else f', {faster:.2f} times as fast as PyTorch'}"
+        f"{name:14}{run['batch_size']:>6}{run['precision']:>9}{run['images_per_second']:>12.1f} "
+        f"images/s{run['product_in_gradients']:>7.2f} gradients{run['tflops_per_second']:>8.2f} "
+        f"TFLOP/s{'' if share is None else f', {share:.1%} of the peak'}{', PyTorch: no memory' if faster is None else f', {faster:.2f} times as fast as PyTorch'}"
     )
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--size", type=click.Choice(list(SIZES)), default="full", help="Image and batch sizes.")
-@click.option("--model", "models", type=click.Choice(["squeezenet1_1", "resnet50"]), multiple=True, help="Both.")
-@click.option("--batch-size", "batch_sizes", type=click.IntRange(min=1), multiple=True, help="Instead of the size's.")
+@click.option(
+    "--size", type=click.Choice(list(SIZES)), default="full", help="Image and batch sizes."
+)
+@click.option(
+    "--model",
+    "models",
+    type=click.Choice(["squeezenet1_1", "resnet50"]),
+    multiple=True,
+    help="Both.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Instead of the size's.",
+)
 @click.option("--peak-highest", type=float, help="The chip's TFLOP/s in float32; known for some.")
-@click.option("--peak-default", type=float, help="The chip's TFLOP/s in the default precision; known for some.")
+@click.option(
+    "--peak-default",
+    type=float,
+    help="The chip's TFLOP/s in the default precision; known for some.",
+)
 @click.option("--repeats", type=click.IntRange(min=2), default=5, help="Of every timing.")
 def main(**settings: Any) -> None:
     """Time H v in JAX and in PyTorch."""
-    result = {name: measure(name, settings) for name in settings["models"] or ("squeezenet1_1", "resnet50")}
+    result = {
+        name: measure(name, settings)
+        for name in settings["models"] or ("squeezenet1_1", "resnet50")
+    }
     trial = settings["size"] == "trial"
     if trial:
         click.echo("a trial: it shows that this runs, and nothing about an accelerator; not saved")

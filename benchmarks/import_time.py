@@ -2,9 +2,8 @@
 
     python -m benchmarks.import_time
 
-Answer (2026-11-21, 2 cores of an AMD EPYC, Python 3.11, JAX 0.10.2): import jax 0.36 s, import hessdensity 0.38 s,
-0.03 s more; 17 more modules, none of the heavy ones among them.
-"""
+Answer (2026-11-21, 2 cores of an AMD EPYC, Python 3.11, JAX 0.10.2): import jax 0.36 s, import
+hessdensity 0.38 s, 0.03 s more; 17 more modules, none of the heavy ones among them."""
 
 import json
 import statistics
@@ -26,20 +25,32 @@ print(json.dumps([seconds, sorted(sys.modules)]))
 def fresh_import(module: str) -> tuple[float, set[str]]:
     """Seconds that the import takes in a new process, and the modules that it loads."""
     command = [sys.executable, "-c", PROGRAM.format(module=module)]
-    seconds, modules = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    seconds, modules = json.loads(
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    )
     return seconds, set(modules)
 
 
 if __name__ == "__main__":
     seconds: dict[str, list[float]] = {"jax": [], "hessdensity": []}
-    modules = {module: fresh_import(module)[1] for module in seconds}  # and fills the caches of the file system
+    modules = {
+        module: fresh_import(module)[1] for module in seconds
+    }  # and fills the caches of the file system
     for _ in range(9):
         for module, samples in seconds.items():
             samples.append(fresh_import(module)[0])
     jax, hessdensity = (statistics.median(samples) for samples in seconds.values())
     added = modules["hessdensity"] - modules["jax"]
     heavy = [module for module in HEAVY if module in added]
-    print(f"import jax {jax:.2f} s, import hessdensity {hessdensity:.2f} s: {hessdensity - jax:.2f} s more")
+    print(
+        f"import jax {jax:.2f} s, import hessdensity {hessdensity:.2f} s: {hessdensity - jax:.2f} "
+        "s more"
+    )
     print(f"{len(added)} more modules; heavy ones among them: {', '.join(heavy) or 'none'}")
-    result = {"seconds": seconds, "added_seconds": hessdensity - jax, "added_modules": len(added), "heavy": heavy}
+    result = {
+        "seconds": seconds,
+        "added_seconds": hessdensity - jax,
+        "added_modules": len(added),
+        "heavy": heavy,
+    }
     print(f"saved in {save('import_time', result).name}")

@@ -1,9 +1,11 @@
-"""How fast is the Lanczos engine alone, how orthogonal is its basis, and what share of the memory's speed is that?
+"""How fast is the Lanczos engine alone, how orthogonal is its basis, and what share of the memory's
+speed is that?
 
     python -m benchmarks.lanczos_engine
 
-n = 1e6, 90 steps, one probe, float32, against matfree's `tridiag_sym`, which reorthogonalises in full too. The operator
-is a diagonal, so that nearly all the time is the engine's. First calls, compilation included, are fresh processes'.
+n = 1e6, 90 steps, one probe, float32, against matfree's `tridiag_sym`, which reorthogonalises in
+full too. The operator is a diagonal, so that nearly all the time is the engine's. First calls,
+compilation included, are fresh processes'.
 
 Answer (2026-11-21, 2 cores of an AMD EPYC, JAX 0.10.2, matfree 0.6.3):
 
@@ -12,9 +14,8 @@ Answer (2026-11-21, 2 cores of an AMD EPYC, JAX 0.10.2, matfree 0.6.3):
     matfree         14.16 s     14.60 s         1.6e-04            8%
     ratio              4.4x        3.6x
 
-Memory is read at 30 GB/s. Compilation takes 0.55, 0.49 and 0.53 s for 30, 90 and 180 steps: it does not grow. There
-is one setting, the accurate one.
-"""
+Memory is read at 30 GB/s. Compilation takes 0.55, 0.49 and 0.53 s for 30, 90 and 180 steps: it does
+not grow. There is one setting, the accurate one."""
 
 import json
 import statistics
@@ -30,7 +31,7 @@ import numpy as np
 from matfree import decomp
 
 from benchmarks._harness import ROOT, interleave, save
-from hessdensity import lanczos
+from hessdensity.krylov import lanczos
 
 KEY = jax.random.key(1)
 N, STEPS = 1_000_000, 90
@@ -59,7 +60,9 @@ _multiply = jax.jit(jnp.multiply)
 
 def problem(n: int) -> tuple[Diagonal, jax.Array]:
     """An operator and a block of one start vector."""
-    return Diagonal(jax.block_until_ready(spectrum(n))), jax.block_until_ready(jax.random.normal(KEY, (1, n)))
+    return Diagonal(jax.block_until_ready(spectrum(n))), jax.block_until_ready(
+        jax.random.normal(KEY, (1, n))
+    )
 
 
 def competitors(n: int, num_steps: int) -> dict[str, Callable[[], Any]]:
@@ -72,7 +75,10 @@ def competitors(n: int, num_steps: int) -> dict[str, Callable[[], Any]]:
         *_, state = lanczos.iterate(operator, lanczos.init(start, num_steps))
         return state
 
-    return {"hessdensity": hessdensity, "matfree": lambda: tridiagonalise(_multiply, vector, operator.values)}
+    return {
+        "hessdensity": hessdensity,
+        "matfree": lambda: tridiagonalise(_multiply, vector, operator.values),
+    }
 
 
 def basis(name: str) -> np.ndarray:
@@ -99,7 +105,10 @@ def reading_speed() -> float:
     """
     array = jnp.ones((8, 2**24))
     seconds = []
-    for total in (jax.jit(jnp.sum), jax.jit(lambda rows: sum(rows[index] for index in range(len(rows))))):
+    for total in (
+        jax.jit(jnp.sum),
+        jax.jit(lambda rows: sum(rows[index] for index in range(len(rows)))),
+    ):
         total(array).block_until_ready()
         for _ in range(10):
             start = time.perf_counter()
@@ -119,11 +128,23 @@ def first_and_second(name: str, n: int, num_steps: int) -> list[float]:
     return seconds
 
 
-def in_fresh_processes(name: str, n: int, num_steps: int, processes: int = 3) -> tuple[float, float]:
+def in_fresh_processes(
+    name: str, n: int, num_steps: int, processes: int = 3
+) -> tuple[float, float]:
     """Medians of `first_and_second` over processes that have compiled nothing yet."""
-    command = [sys.executable, "-m", "benchmarks.lanczos_engine", "--first", name, str(n), str(num_steps)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.lanczos_engine",
+        "--first",
+        name,
+        str(n),
+        str(num_steps),
+    ]
     samples = [
-        json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        json.loads(
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        )
         for _ in range(processes)
     ]
     first, second = (statistics.median(column) for column in zip(*samples, strict=True))
@@ -134,7 +155,8 @@ def main() -> None:
     runs = competitors(N, STEPS)
     warm = interleave(runs)
     speed = reading_speed()
-    # Each step must read the vectors so far twice: once for the coefficients, once to subtract them.
+    # Each step must read the vectors so far twice: once for the coefficients, once to subtract
+    # them.
     must_read = 2 * 4 * N * STEPS * (STEPS + 1) / 2
     rows = {}
     print(f"{'':14}{'warm':>9}{'first call':>12}{'max|V VT - I|':>16}{'memory speed':>14}")
@@ -148,22 +170,32 @@ def main() -> None:
             "share_of_memory_speed": must_read / seconds / speed,
         }
         print(
-            f"{name:14}{seconds:>7.2f} s{rows[name]['first_call']:>10.2f} s"
-            f"{rows[name]['loss_of_orthogonality']:>16.1e}{rows[name]['share_of_memory_speed']:>14.0%}"
+            f"{name:14}{seconds:>7.2f} s{rows[name]['first_call']:>10.2f} "
+            f"s{rows[name]['loss_of_orthogonality']:>16.1e}{rows[name]['share_of_memory_speed']:>14.0%}"
         )
     ratios = {
         "warm": warm["matfree"].median / warm["hessdensity"].median,
         "first_call": rows["matfree"]["first_call"] / rows["hessdensity"]["first_call"],
     }
     print(f"{'ratio':14}{ratios['warm']:>8.1f}x{ratios['first_call']:>11.1f}x")
-    print(f"memory is read at {speed / 1e9:.0f} GB/s; the basis must be read in {must_read / 1e9:.1f} GB")
+    print(
+        f"memory is read at {speed / 1e9:.0f} GB/s; the basis must be read in "
+        f"{must_read / 1e9:.1f} GB"
+    )
     compilation = {}
     for name in runs:
         pairs = {steps: in_fresh_processes(name, N // 10, steps) for steps in (30, 90, 180)}
         compilation[name] = {steps: first - second for steps, (first, second) in pairs.items()}
-        listed = ", ".join(f"{seconds:.2f} s for {steps} steps" for steps, seconds in compilation[name].items())
+        listed = ", ".join(
+            f"{seconds:.2f} s for {steps} steps" for steps, seconds in compilation[name].items()
+        )
         print(f"compilation, {name}: {listed}")
-    result = {"competitors": rows, "ratios": ratios, "reading_speed": speed, "compilation": compilation}
+    result = {
+        "competitors": rows,
+        "ratios": ratios,
+        "reading_speed": speed,
+        "compilation": compilation,
+    }
     print(f"saved in {save('lanczos_engine', result).name}")
 
 

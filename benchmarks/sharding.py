@@ -2,28 +2,33 @@
 
     python -m benchmarks.sharding
 
-A transformer of 1 B weights, 16 layers of width 2048, fully sharded over fake devices, as is its batch of 64 x 512
-tokens. All is traced from shapes and compiled for N devices by N's own process; nothing is allocated or run. Bytes per
-device come from XLA's memory analysis, bytes sent from its program (`_hlo` says how they are counted). The sum of a
-sharded gradient is an all-reduce for XLA's CPU compiler, a reduce-scatter for those of GPUs and TPUs: both are given.
+A transformer of 1 B weights, 16 layers of width 2048, fully sharded over fake devices, as is its
+batch of 64 x 512 tokens. All is traced from shapes and compiled for N devices by N's own process;
+nothing is allocated or run. Bytes per device come from XLA's memory analysis, bytes sent from its
+program (`_hlo` says how they are counted). The sum of a sharded gradient is an all-reduce for XLA's
+CPU compiler, a reduce-scatter for those of GPUs and TPUs: both are given.
 
 Answer (2026-11-21, JAX 0.10.2; 1,012,830,208 weights in 15 sharded leaves), GB per device:
 
-      devices   weights  one vector  of a basis   temporaries of the gradient    1 H v    2 H v    4 H v
-            1    4.0513      4.0513      4.0513                         29.06    48.39   235.97   260.18
-            8    0.5064      0.5064      0.5064                          4.81     8.80    35.56    40.80
-           64    0.0633      0.0633      0.0633                          1.66     2.49    10.08    12.91
+      devices   weights  one vector  of a basis   temporaries of the gradient    1 H v    2 H v    4
+            H v 1    4.0513      4.0513      4.0513                         29.06    48.39   235.97
+            260.18 8    0.5064      0.5064      0.5064                          4.81     8.80
+            35.56    40.80
+           64    0.0633      0.0633      0.0633                          1.66     2.49    10.08
+           12.91
 
-Vectors and basis fall 8.000 times from 1 to 8 devices. An update of Lanczos with the default settings sends scalars
-alone, 490 for every sharded leaf, k (num_steps + 2 deflation_steps) and a few: 57.9 kB a device of 64. A gradient sends
-13.45 GB a device of 8; a program of 1, 2 and 4 products 1.95, 1.92 and 1.80 gradients a vector (1.96, 1.93, 1.77 with
-reduce-scatters), the same on 2 to 64 devices. The programs of 2 and 4 use `jax.linearize`, which keeps gathered weights
-and what rematerialisation was to save whole between its loops: hence their temporaries, and hence `Hessian` multiplies
-vector by vector where parameters are sharded. (One vector by `jax.linearize`: 2.16 gradients and 32.70 GB on 8.)
+Vectors and basis fall 8.000 times from 1 to 8 devices. An update of Lanczos with the default
+settings sends scalars alone, 490 for every sharded leaf, k (num_steps + 2 deflation_steps) and a
+few: 57.9 kB a device of 64. A gradient sends 13.45 GB a device of 8; a program of 1, 2 and 4
+products 1.95, 1.92 and 1.80 gradients a vector (1.96, 1.93, 1.77 with reduce-scatters), the same on
+2 to 64 devices. The programs of 2 and 4 use `jax.linearize`, which keeps gathered weights and what
+rematerialisation was to save whole between its loops: hence their temporaries, and hence `Hessian`
+multiplies vector by vector where parameters are sharded. (One vector by `jax.linearize`: 2.16
+gradients and 32.70 GB on 8.)
 
-Computed from the measured ratios, not run: with its basis (200 vectors and more) the default fits 141 GB for 7 B
-weights on 64 devices and for 70 B on 512; without, 80 GB for 7 B on 8, 70 B on 64 and 120 B on 64.
-"""
+Computed from the measured ratios, not run: with its basis (200 vectors and more) the default fits
+141 GB for 7 B weights on 64 devices and for 70 B on 512; without, 80 GB for 7 B on 8, 70 B on 64
+and 120 B on 64."""
 
 import json
 import os
@@ -49,8 +54,9 @@ def one(count: int) -> dict[str, Any]:
 
     from benchmarks import _programs
     from benchmarks._hlo import collectives, memory, sent
-    from hessdensity import _trees, lanczos
     from hessdensity.distributed import make_mesh
+    from hessdensity.krylov import lanczos
+    from hessdensity.vectors import trees as _trees
 
     loss, params, tokens = _programs.transformer(make_mesh(), BATCH, **SIZES)
     kernels = _programs.kernels(params, PROBES)
@@ -59,7 +65,9 @@ def one(count: int) -> dict[str, Any]:
     found = {name: collectives(kernel) for name, kernel in kernels.items()}
     update = {
         basis: [
-            each for name, times in _programs.calls(STEPS, DEFLATION, basis).items() for each in found[name] * times
+            each
+            for name, times in _programs.calls(STEPS, DEFLATION, basis).items()
+            for each in found[name] * times
         ]
         for basis in ("device", "none")
     }
@@ -67,14 +75,20 @@ def one(count: int) -> dict[str, Any]:
     return {
         "devices": count,
         "num_params": _trees.size(params),
-        "sharded_leaves": sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)),
+        "sharded_leaves": sum(
+            not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)
+        ),
         "bytes": {
             "weights": memory(gradient).outputs,
             "vector": vector,
             "basis vector": memory(kernels["new chunk"]).outputs / PROBES / lanczos.CHUNK,
-            "temporaries of an update": max(memory(kernel).temporaries for kernel in kernels.values()),
+            "temporaries of an update": max(
+                memory(kernel).temporaries for kernel in kernels.values()
+            ),
             "temporaries of the gradient": memory(gradient).temporaries,
-            "temporaries of a product": {k: memory(program).temporaries for k, program in products.items()},
+            "temporaries of a product": {
+                k: memory(program).temporaries for k, program in products.items()
+            },
         },
         "update": {
             basis: {
@@ -88,7 +102,10 @@ def one(count: int) -> dict[str, Any]:
         "sent": {
             name: {
                 "gradient": sent(collectives(gradient), scatter=scatter),
-                "product": {k: sent(collectives(program), scatter=scatter) for k, program in products.items()},
+                "product": {
+                    k: sent(collectives(program), scatter=scatter)
+                    for k, program in products.items()
+                },
             }
             for name, scatter in {"compiled": False, "scattered": True}.items()
         },
@@ -99,17 +116,23 @@ def in_fresh_process(count: int) -> dict[str, Any]:
     """`one`, where there are ``count`` devices."""
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "benchmarks.sharding", "--devices", str(count)]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, stdout=subprocess.PIPE, text=True)
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | flags, check=True, stdout=subprocess.PIPE, text=True
+    )
     return json.loads(run.stdout)
 
 
 def on_paper(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Larger models by the measured ratios, in GB per device, vectors in float32; activations are not counted."""
+    """Larger models by the measured ratios, in GB per device, vectors in float32; activations are
+    not counted."""
     alone, most = measured[0], measured[-1]
     # Small leaves are on every device: bytes fall a little slower than the number of devices rises.
     surplus = most["bytes"]["vector"] * most["devices"] / alone["bytes"]["vector"]
     ring = (most["devices"] - 1) / most["devices"]
-    units = {name: each["product"]["1"] / alone["bytes"]["weights"] / ring for name, each in most["sent"].items()}
+    units = {
+        name: each["product"]["1"] / alone["bytes"]["weights"] / ring
+        for name, each in most["sent"].items()
+    }
     kept = PROBES * KEPT
     basis = -(-DEFLATION // 8) * 8 + PROBES * -(-STEPS // 8) * 8
     rows = []
@@ -124,8 +147,13 @@ def on_paper(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     "weights": vector,
                     "vectors": vector * kept,
                     "basis": vector * basis,
-                    "sent": {name: 4e-9 * weights * (count - 1) / count * unit for name, unit in units.items()},
-                    "fits": {name: {str(card): gb <= card for card in CARDS} for name, gb in need.items()},
+                    "sent": {
+                        name: 4e-9 * weights * (count - 1) / count * unit
+                        for name, unit in units.items()
+                    },
+                    "fits": {
+                        name: {str(card): gb <= card for card in CARDS} for name, gb in need.items()
+                    },
                 }
             )
     return rows
@@ -133,7 +161,10 @@ def on_paper(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def print_held(measured: list[dict[str, Any]]) -> None:
     print("GB per device:             weights  one vector  of a basis   temporaries of")
-    print(f"{'devices':>9}{'':40}{'an update':>20}{'the gradient':>14}" + "".join(f"{f'{k} H v':>9}" for k in BLOCKS))
+    print(
+        f"{'devices':>9}{'':40}{'an update':>20}{'the gradient':>14}"
+        + "".join(f"{f'{k} H v':>9}" for k in BLOCKS)
+    )
     for each in measured:
         held = each["bytes"]
         columns = [held[name] for name in ("weights", "vector", "basis vector")]
@@ -144,50 +175,69 @@ def print_held(measured: list[dict[str, Any]]) -> None:
             + "".join(f"{1e-9 * temporaries[str(k)]:>9.2f}" for k in BLOCKS)
         )  # fmt: skip
     alone, eight = (next(each for each in measured if each["devices"] == count) for count in (1, 8))
-    ratios = {name: alone["bytes"][name] / eight["bytes"][name] for name in ("weights", "vector", "basis vector")}
-    print("1 device over 8: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()) + " (wanted: 7.5)")
+    ratios = {
+        name: alone["bytes"][name] / eight["bytes"][name]
+        for name in ("weights", "vector", "basis vector")
+    }
+    print(
+        "1 device over 8: "
+        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+        + " (wanted: 7.5)"
+    )
 
 
 def print_sent(measured: list[dict[str, Any]]) -> None:
-    print(f"\nThe last Lanczos update of {PROBES} probes of {STEPS} steps, deflated by {DEFLATION}; with no basis:")
     print(
-        f"{'devices':>9}{'scalars':>10}{'per leaf':>10}{'largest':>9}{'kB sent':>9}{'scalars':>12}{'kB sent':>9}  kinds"
+        f"\nThe last Lanczos update of {PROBES} probes of {STEPS} steps, deflated by {DEFLATION}; "
+        "with no basis:"
+    )
+    print(
+        f"{'devices':>9}{'scalars':>10}{'per leaf':>10}{'largest':>9}{'kB sent':>9}{'scalars':>12}{'kB sent':>9} "
+        " kinds"
     )
     for each in measured[1:]:
         update, bare = each["update"]["device"], each["update"]["none"]
         print(
-            f"{each['devices']:>9}{update['scalars']:>10,}{update['scalars'] / each['sharded_leaves']:>10.0f}"
-            f"{update['largest']:>9,}{update['sent'] / 1e3:>9.1f}{bare['scalars']:>12,}{bare['sent'] / 1e3:>9.1f}"
-            f"  {', '.join(update['kinds'])}"
+            f"{each['devices']:>9}{update['scalars']:>10,}{update['scalars'] / each['sharded_leaves']:>10.0f}{update['largest']:>9,}{update['sent'] / 1e3:>9.1f}{bare['scalars']:>12,}{bare['sent'] / 1e3:>9.1f} "
+            f" {', '.join(update['kinds'])}"
         )
     print("\nSent per device: the gradient in GB, products in gradients per vector (wanted: 2.1)")
-    heads = "".join(f"{'gradient':>12}" + "".join(f"{f'{k} H v':>8}" for k in BLOCKS) for _ in range(2))
+    heads = "".join(
+        f"{'gradient':>12}" + "".join(f"{f'{k} H v':>8}" for k in BLOCKS) for _ in range(2)
+    )
     print(f"{'devices':>9}{heads}   the second time with reduce-scatters")
     for each in measured[1:]:
         columns = ""
         for name in ("compiled", "scattered"):
             part = each["sent"][name]
             ratios = [part["product"][str(k)] / k / part["gradient"] for k in BLOCKS]
-            columns += f"{1e-9 * part['gradient']:>12.2f}" + "".join(f"{ratio:>8.2f}" for ratio in ratios)
+            columns += f"{1e-9 * part['gradient']:>12.2f}" + "".join(
+                f"{ratio:>8.2f}" for ratio in ratios
+            )
         print(f"{each['devices']:>9}{columns}")
 
 
 def print_paper(rows: list[dict[str, Any]]) -> None:
     cards = " and ".join(map(str, CARDS))
-    print("\nComputed from the measured ratios, not run. GB per device, all in float32, without activations.")
     print(
-        f"{PROBES} probes of {STEPS} steps, deflated by {DEFLATION}, {KEPT} vectors a probe beside the basis. Does it"
+        "\nComputed from the measured ratios, not run. GB per device, all in float32, without "
+        "activations."
+    )
+    print(
+        f"{PROBES} probes of {STEPS} steps, deflated by {DEFLATION}, {KEPT} vectors a probe beside "
+        "the basis. Does it"
     )
     print(f"fit devices of {cards} GB, with the basis and with none?")
     print(
-        f"{'weights':>9}{'devices':>9}{'weights':>10}{'vectors':>10}{'basis':>10}{'fits':>12}{'no basis':>12}"
-        f"{'sent per H v':>16}{'with reduce-scatters':>22}"
+        f"{'weights':>9}{'devices':>9}{'weights':>10}{'vectors':>10}{'basis':>10}{'fits':>12}{'no basis':>12}{'sent per H v':>16}{'with reduce-scatters':>22}"
     )
     for row in rows:
-        fits = ["/".join("yes" if row["fits"][b][str(c)] else "no" for c in CARDS) for b in ("device", "none")]
+        fits = [
+            "/".join("yes" if row["fits"][b][str(c)] else "no" for c in CARDS)
+            for b in ("device", "none")
+        ]
         print(
-            f"{row['model']:>9}{row['devices']:>9}{row['weights']:>10.2f}{row['vectors']:>10.1f}{row['basis']:>10.1f}"
-            f"{fits[0]:>12}{fits[1]:>12}{row['sent']['compiled']:>16.0f}{row['sent']['scattered']:>22.0f}"
+            f"{row['model']:>9}{row['devices']:>9}{row['weights']:>10.2f}{row['vectors']:>10.1f}{row['basis']:>10.1f}{fits[0]:>12}{fits[1]:>12}{row['sent']['compiled']:>16.0f}{row['sent']['scattered']:>22.0f}"
         )
 
 
@@ -198,8 +248,17 @@ def main() -> None:
     print_sent(measured)
     rows = on_paper(measured)
     print_paper(rows)
-    settings = {"sizes": SIZES, "batch": BATCH, "steps": STEPS, "probes": PROBES, "deflation": DEFLATION}
-    print(f"saved in {save('sharding', {'settings': settings, 'measured': measured, 'paper': rows}).name}")
+    settings = {
+        "sizes": SIZES,
+        "batch": BATCH,
+        "steps": STEPS,
+        "probes": PROBES,
+        "deflation": DEFLATION,
+    }
+    print(
+        "saved in "
+        f"{save('sharding', {'settings': settings, 'measured': measured, 'paper': rows}).name}"
+    )
 
 
 if __name__ == "__main__":
@@ -209,4 +268,7 @@ if __name__ == "__main__":
         case ["--devices", count]:
             print(json.dumps(one(int(count))))
         case unknown:
-            sys.exit(f"{' '.join(unknown)}: expected no arguments, or --devices N for one number of devices as JSON")
+            sys.exit(
+                f"{' '.join(unknown)}: expected no arguments, or --devices N for one number of "
+                "devices as JSON"
+            )

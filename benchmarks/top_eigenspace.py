@@ -1,18 +1,22 @@
-"""What do ten eigenpairs of a trained network's Hessian cost, in products and in passes over the data?
+"""What do ten eigenpairs of a trained network's Hessian cost, in products and in passes over the
+data?
 
     python -m benchmarks.top_eigenspace
 
-`hd.top_eigenspace` with blocks of one and of four vectors, against ARPACK (SciPy's eigsh), LOBPCG (JAX's
-lobpcg_standard) and power iteration with deflation. All are stopped at the same true residual: the largest of the ten
+`hd.top_eigenspace` with blocks of one and of four vectors, against ARPACK (SciPy's eigsh), LOBPCG
+(JAX's lobpcg_standard) and power iteration with deflation. All are stopped at the same true
+residual: the largest of the ten
 ||H q - lambda q|| is at most 1e-4 max|lambda|. A pass multiplies a block of vectors; on a GPU or two cores four vectors
 in one pass cost some 1.4 gradients each, instead of 2 (`benchmarks.hvp_cost`).
 
-ARPACK looks at its residuals only when it restarts: it is run with many tolerances, and the cheapest that suffices
-counts. JAX's LOBPCG multiplies 4 k vectors an iteration in two passes; one that keeps its products would multiply k in
-one, which the line below it shows. Power iteration counts from the first vector to the last.
+ARPACK looks at its residuals only when it restarts: it is run with many tolerances, and the
+cheapest that suffices counts. JAX's LOBPCG multiplies 4 k vectors an iteration in two passes; one
+that keeps its products would multiply k in one, which the line below it shows. Power iteration
+counts from the first vector to the last.
 
-Answer (2026-11-21), rank 10, products and passes; medians and ranges of 8 keys (4 for LOBPCG and power iteration) on
-the 784-20-10 network, one key on ResNet-20 with 16 images and at most 200 products:
+Answer (2026-11-21), rank 10, products and passes; medians and ranges of 8 keys (4 for LOBPCG and
+power iteration) on the 784-20-10 network, one key on ResNet-20 with 16 images and at most 200
+products:
 
                                     784-20-10, products and passes             ResNet-20
     hessdensity, block_size=1       27 (24 to 28)       27 (24 to 28)          30 in 30
@@ -22,9 +26,9 @@ the 784-20-10 network, one key on ResNet-20 with 16 images and at most 200 produ
     LOBPCG, keeping its products    110 (100 to 120)    11 (10 to 12)          not reached in 50
     power iteration                 895 (776 to 1168)   895 (776 to 1168)      not reached in 200
 
-Blocks of four are the default: under half of ARPACK's passes, fewer than twice its products. A block of one sees no
-multiplicity but through its fresh start: of 20 second copies it found 20, 20, 20, 18 and 10 where the doubled
-eigenvalue was 4.4, 2.6, 2.1, 1.6 and 1.3 times the smallest wanted.
+Blocks of four are the default: under half of ARPACK's passes, fewer than twice its products. A
+block of one sees no multiplicity but through its fresh start: of 20 second copies it found 20, 20,
+20, 18 and 10 where the doubled eigenvalue was 4.4, 2.6, 2.1, 1.6 and 1.3 times the smallest wanted.
 """
 
 import argparse
@@ -44,7 +48,9 @@ from benchmarks._harness import save
 from benchmarks.mnist_reference import problem as reference_problem
 from benchmarks.models.data import cifar10, folder
 from benchmarks.models.resnet import ResNet, load_weights, normalise
-from hessdensity import _block_run, _trees, adapters, losses
+from hessdensity import adapters, losses
+from hessdensity.krylov import restarting as _block_run
+from hessdensity.vectors import trees as _trees
 
 RANK = 10
 TOLERANCE = 1e-4
@@ -72,7 +78,9 @@ class Flat:
         self.products += columns.shape[1]
         self.passes += 1
         rows = np.asarray(columns, np.float32).T
-        return _trees.ravel(self.operator @ _trees.unravel(rows, self.operator.like)).T.astype(float)
+        return _trees.ravel(self.operator @ _trees.unravel(rows, self.operator.like)).T.astype(
+            float
+        )
 
 
 def worst(values: np.ndarray, vectors: np.ndarray, products: np.ndarray, norm: float) -> float:
@@ -91,7 +99,9 @@ def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: in
         run.step()
         if run.num_matvecs >= RANK:
             space = run.answer({})
-            points.append(Point(run.num_matvecs, run.num_passes, float(space.residuals.max() / norm)))
+            points.append(
+                Point(run.num_matvecs, run.num_passes, float(space.residuals.max() / norm))
+            )
     vectors = _trees.ravel(space.vectors).T.astype(float)
     true = worst(space.values, vectors, Flat(operator)(vectors), norm)
     assert abs(true - points[-1].residual) < 2e-6, (true, points[-1])
@@ -100,7 +110,10 @@ def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: in
 
 def arpack(operator: Any, key: int, norm: float, cap: int) -> list[Point]:
     """eigsh with its own ncv. Every tolerance sees the same products, which are made once."""
-    flat, start = Flat(operator), np.random.default_rng(key).standard_normal(_trees.size(operator.like))
+    flat, start = (
+        Flat(operator),
+        np.random.default_rng(key).standard_normal(_trees.size(operator.like)),
+    )
     cache: list[np.ndarray] = []
     points = []
     for tolerance in ARPACK_TOLERANCES:
@@ -116,7 +129,9 @@ def arpack(operator: Any, key: int, norm: float, cap: int) -> list[Point]:
         shape = (flat.n, flat.n)
         try:
             linear = LinearOperator(shape, matvec=multiply, dtype=float)
-            values, vectors = eigsh(linear, RANK, which="LM", tol=tolerance, v0=start, maxiter=max(cap // RANK, 1))
+            values, vectors = eigsh(
+                linear, RANK, which="LM", tol=tolerance, v0=start, maxiter=max(cap // RANK, 1)
+            )
         except ArpackNoConvergence:
             break
         residual = worst(values, vectors, Flat(operator)(vectors), norm)
@@ -164,9 +179,8 @@ def frugal(points: list[Point]) -> list[Point]:
 def power_iteration(operator: Any, key: int, norm: float, cap: int) -> list[Point]:
     """One eigenvector after the other, each kept orthogonal to those before, as PyHessian does.
 
-    The part of a residual along the vectors before, as large as their own residuals, is left out: no further product
-    would make it smaller.
-    """
+    The part of a residual along the vectors before, as large as their own residuals, is left out:
+    no further product would make it smaller."""
     flat, rng = Flat(operator), np.random.default_rng(key)
     found = np.zeros((flat.n, 0))
     residuals: list[float] = []
@@ -181,7 +195,11 @@ def power_iteration(operator: Any, key: int, norm: float, cap: int) -> list[Poin
             value = float(vector @ product)
             outside = product - found @ (found.T @ product)
             residuals[-1] = float(np.linalg.norm(outside - value * vector)) / norm
-            points.append(Point(flat.products, flat.passes, max(residuals) if len(residuals) == RANK else np.inf))
+            points.append(
+                Point(
+                    flat.products, flat.passes, max(residuals) if len(residuals) == RANK else np.inf
+                )
+            )
             if residuals[-1] <= TOLERANCE:
                 break
             vector = product
@@ -198,12 +216,16 @@ METHODS: dict[str, Callable[..., list[Point]]] = {
 }
 
 
-def runs(operator: Any, norm: float, keys: int, caps: dict[str, int]) -> Iterator[tuple[str, list[list[Point]]]]:
+def runs(
+    operator: Any, norm: float, keys: int, caps: dict[str, int]
+) -> Iterator[tuple[str, list[list[Point]]]]:
     """(method, the points of each key's run)."""
     for name, method in METHODS.items():
         cap = caps.get(name, 5000)
         slow = name.startswith(("LOBPCG", "power"))
-        histories = [method(operator, key, norm, cap) for key in range((keys + 1) // 2 if slow else keys)]
+        histories = [
+            method(operator, key, norm, cap) for key in range((keys + 1) // 2 if slow else keys)
+        ]
         yield name, histories
         if name.startswith("LOBPCG"):
             yield "LOBPCG, keeping its products", [frugal(points) for points in histories]
@@ -223,7 +245,8 @@ def line(name: str, histories: list[list[Point]]) -> str:
 
 
 def resnet20(images: int) -> hd.Hessian:
-    """ResNet-20 with its trained weights, BatchNorm on stored statistics, on training images of CIFAR-10."""
+    """ResNet-20 with its trained weights, BatchNorm on stored statistics, on training images of
+    CIFAR-10."""
     model, variables = ResNet(20), load_weights(folder("weights") / "cifar10_resnet20.safetensors")
     inputs, labels = cifar10("train", images)
     loss, params = adapters.from_linen(
@@ -233,10 +256,11 @@ def resnet20(images: int) -> hd.Hessian:
 
 
 def copies(eigenvalues: np.ndarray) -> dict[str, int]:
-    """In how many of `COPY_KEYS` runs block_size=1 finds both copies, one of the ten being made double.
+    """In how many of `COPY_KEYS` runs block_size=1 finds both copies, one of the ten being made
+    double.
 
-    A Krylov space from one vector holds one copy alone; a random rotation of the spectrum stands for the Hessian.
-    """
+    A Krylov space from one vector holds one copy alone; a random rotation of the spectrum stands
+    for the Hessian."""
     found = {}
     for position in DOUBLED:
         doubled = np.sort([*eigenvalues[1:], eigenvalues[-position]])[::-1]
@@ -245,29 +269,54 @@ def copies(eigenvalues: np.ndarray) -> dict[str, int]:
             hd.top_eigenspace(operator, jax.random.key(key), RANK, block_size=1, progress=False)
             for key in range(COPY_KEYS)
         ]
-        right = [np.abs(space.values - doubled[:RANK]).max() < TOLERANCE * doubled[0] for space in spaces]
+        right = [
+            np.abs(space.values - doubled[:RANK]).max() < TOLERANCE * doubled[0] for space in spaces
+        ]
         found[f"{eigenvalues[-position] / eigenvalues[-RANK]:.2g}"] = int(sum(right))
     return found
 
 
 def draw(results: dict[str, dict[str, list[list[Point]]]]) -> plt.Figure:
-    """The largest of the ten residuals against products and against passes, the first key of each method."""
-    figure, axes = plt.subplots(len(results), 2, figsize=(12, 4.2 * len(results)), layout="constrained", squeeze=False)
+    """The largest of the ten residuals against products and against passes, the first key of each
+    method."""
+    figure, axes = plt.subplots(
+        len(results), 2, figsize=(12, 4.2 * len(results)), layout="constrained", squeeze=False
+    )
     for row, (problem, methods) in zip(axes, results.items(), strict=True):
-        for ax, count, label in zip(row, (0, 1), ("products with a vector", "passes over the data"), strict=True):
-            for (name, histories), colour in zip(methods.items(), plt.cm.tab10.colors, strict=False):
+        for ax, count, label in zip(
+            row, (0, 1), ("products with a vector", "passes over the data"), strict=True
+        ):
+            for (name, histories), colour in zip(
+                methods.items(), plt.cm.tab10.colors, strict=False
+            ):
                 points = [point for point in histories[0] if np.isfinite(point.residual)]
-                style = {"marker": "o", "markersize": 3} | ({"linestyle": ":"} if name == "ARPACK" else {})
-                ax.plot([p[count] for p in points], [p.residual for p in points], color=colour, label=name, **style)
+                style = {"marker": "o", "markersize": 3} | (
+                    {"linestyle": ":"} if name == "ARPACK" else {}
+                )
+                ax.plot(
+                    [p[count] for p in points],
+                    [p.residual for p in points],
+                    color=colour,
+                    label=name,
+                    **style,
+                )
             ax.axhline(TOLERANCE, color="0.6", linewidth=0.8)
-            ax.set(xscale="log", yscale="log", xlabel=label, ylabel="largest of ten residuals / max|λ|", title=problem)
+            ax.set(
+                xscale="log",
+                yscale="log",
+                xlabel=label,
+                ylabel="largest of ten residuals / max|λ|",
+                title=problem,
+            )
     axes[0, 0].legend(frameon=False, fontsize=8)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=16, help="of the ResNet's Hessian; 0 leaves it out")
+    parser.add_argument(
+        "--images", type=int, default=16, help="of the ResNet's Hessian; 0 leaves it out"
+    )
     parser.add_argument("--cap", type=int, default=200, help="products of a method on the ResNet")
     args = parser.parse_args()
 
@@ -280,12 +329,19 @@ def main() -> None:
         for name, histories in runs(operator, norm, keys, caps):
             results[problem][name] = histories
             print(line(name, histories), flush=True)
-            path = save("top_eigenspace", {"rank": RANK, "tolerance": TOLERANCE, "copies": found, "points": results})
+            path = save(
+                "top_eigenspace",
+                {"rank": RANK, "tolerance": TOLERANCE, "copies": found, "points": results},
+            )
             draw(results).savefig(path.with_suffix(".png"), dpi=120)
             plt.close()
 
     found = copies(eigenvalues)
-    print(f"second copies found by block_size=1, of {COPY_KEYS}, by size over the smallest wanted: {found}", flush=True)
+    print(
+        f"second copies found by block_size=1, of {COPY_KEYS}, by size over the smallest wanted: "
+        f"{found}",
+        flush=True,
+    )
     title = f"784-20-10 network, MNIST, n = {len(eigenvalues):,}"
     report(f"{title}: {KEYS} keys", reference, float(np.abs(eigenvalues).max()), KEYS, {})
     if args.images:

@@ -2,17 +2,19 @@
 
     python -m benchmarks.traces
 
-Relative errors (root mean square over keys) against products: random vectors alone (Girard 1989; Hutchinson 1990),
-Hutch++ (Meyer, Musco, Musco and Woodruff 2021), `hessdensity.trace` (XTrace, and XNysTrace where no eigenvalue is
-negative) and the trace of `hessdensity.spectral_density`, half of whose products deflate. Three spectra: the trained
-784-20-10 network with all 15,910 eigenvalues known, 20 outliers over a light power-law bulk, and 1/i.
+Relative errors (root mean square over keys) against products: random vectors alone (Girard 1989;
+Hutchinson 1990), Hutch++ (Meyer, Musco, Musco and Woodruff 2021), `hessdensity.trace` (XTrace, and
+XNysTrace where no eigenvalue is negative) and the trace of `hessdensity.spectral_density`, half of
+whose products deflate. Three spectra: the trained 784-20-10 network with all 15,910 eigenvalues
+known, 20 outliers over a light power-law bulk, and 1/i.
 
-Answer (2026-11-21), in float32: XTrace, 1.7 to 7,000 times as exact as random vectors alone, and 1.7 to 9 times as
-exact as the density's trace, which has shown the spectrum for its products. Hutch++ is behind it in 12 cells of 15, by
-factors up to 57; ahead at 60 products of the hyperbolic spectrum, by 1.4, and of the trained network from 180 on, by
-1.1 and 1.5 (20 keys leave a ratio uncertain by a fifth). XNysTrace is worth its condition where the products just
-suffice for the outliers (30 for 20 of them); beyond, the shift that float32 asks for shows. XTrace's intervals held the
-truth in 299 of 300 runs, XNysTrace's in 195 of 200.
+Answer (2026-11-21), in float32: XTrace, 1.7 to 7,000 times as exact as random vectors alone, and
+1.7 to 9 times as exact as the density's trace, which has shown the spectrum for its products.
+Hutch++ is behind it in 12 cells of 15, by factors up to 57; ahead at 60 products of the hyperbolic
+spectrum, by 1.4, and of the trained network from 180 on, by 1.1 and 1.5 (20 keys leave a ratio
+uncertain by a fifth). XNysTrace is worth its condition where the products just suffice for the
+outliers (30 for 20 of them); beyond, the shift that float32 asks for shows. XTrace's intervals held
+the truth in 299 of 300 runs, XNysTrace's in 195 of 200.
 
     trained network: n = 15,910, trace 89.174742; rms of 20 keys, and how often bars held
               products            30            60           120           180           360
@@ -73,22 +75,34 @@ def columns(operator: hd.Matrix, vectors: np.ndarray) -> np.ndarray:
 
 
 def girard(operator: hd.Matrix, seed: int, products: int, exact: float) -> Answer:
-    vectors = np.random.default_rng(seed).standard_normal((*operator.like.shape, products)).astype(np.float32)
+    vectors = (
+        np.random.default_rng(seed)
+        .standard_normal((*operator.like.shape, products))
+        .astype(np.float32)
+    )
     vectors *= np.sqrt(len(vectors)) / np.linalg.norm(vectors, axis=0)
     return float(np.sum(vectors * columns(operator, vectors), dtype=float) / products), None
 
 
 def hutch_plus_plus(operator: hd.Matrix, seed: int, products: int, exact: float) -> Answer:
     count = products // 3
-    vectors = np.random.default_rng(seed).standard_normal((*operator.like.shape, 2 * count)).astype(np.float32)
+    vectors = (
+        np.random.default_rng(seed)
+        .standard_normal((*operator.like.shape, 2 * count))
+        .astype(np.float32)
+    )
     basis = np.linalg.qr(columns(operator, vectors[:, :count]))[0]
     tests = vectors[:, count:] - basis @ (basis.T @ vectors[:, count:])
     inside = np.sum(basis * columns(operator, basis), dtype=float)
     return float(inside + np.sum(tests * columns(operator, tests), dtype=float) / count), None
 
 
-def exchangeable(operator: hd.Matrix, seed: int, products: int, exact: float, semidefinite: bool) -> Answer:
-    found = hd.trace(operator, jax.random.key(seed), products, semidefinite=semidefinite, progress=False)
+def exchangeable(
+    operator: hd.Matrix, seed: int, products: int, exact: float, semidefinite: bool
+) -> Answer:
+    found = hd.trace(
+        operator, jax.random.key(seed), products, semidefinite=semidefinite, progress=False
+    )
     return found.value, bool(found.lower <= exact <= found.upper)
 
 
@@ -108,12 +122,18 @@ METHODS: dict[str, Callable[..., Answer]] = {
 }
 
 
-def cell(method: Callable[..., Answer], operator: hd.Matrix, products: int, exact: float) -> dict[str, Any]:
+def cell(
+    method: Callable[..., Answer], operator: hd.Matrix, products: int, exact: float
+) -> dict[str, Any]:
     """What `KEYS` runs gave."""
     answers = [method(operator, seed, products, exact) for seed in range(KEYS)]
     errors = np.array([value for value, _ in answers]) / exact - 1
     held = [held for _, held in answers if held is not None]
-    return {"products": products, "rms": float(np.sqrt(np.mean(errors**2))), "held": sum(held) if held else None}
+    return {
+        "products": products,
+        "rms": float(np.sqrt(np.mean(errors**2))),
+        "held": sum(held) if held else None,
+    }
 
 
 def draw(result: dict[str, dict[str, list[dict[str, Any]]]]) -> plt.Figure:
@@ -136,10 +156,15 @@ def draw(result: dict[str, dict[str, list[dict[str, Any]]]]) -> plt.Figure:
 def main() -> None:
     result: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for name, eigenvalues in spectra().items():
-        operator = hd.Matrix.from_eigenvalues(jnp.asarray(eigenvalues, jnp.float32), jax.random.key(2024))
+        operator = hd.Matrix.from_eigenvalues(
+            jnp.asarray(eigenvalues, jnp.float32), jax.random.key(2024)
+        )
         exact = float(eigenvalues.sum())
         chosen = {m: f for m, f in METHODS.items() if m != "XNysTrace" or eigenvalues.min() >= 0}
-        print(f"\n{name}: n = {len(eigenvalues):,}, trace {exact:.8g}; rms of {KEYS} keys, and how often bars held")
+        print(
+            f"\n{name}: n = {len(eigenvalues):,}, trace {exact:.8g}; rms of {KEYS} keys, and how "
+            "often bars held"
+        )
         print(f"{'products':>18}" + "".join(f"{products:>14}" for products in PRODUCTS))
         result[name] = {}
         for method, run in chosen.items():
@@ -147,7 +172,8 @@ def main() -> None:
             result[name][method] = cells
             held = ["" if c["held"] is None else f" ({c['held']})" for c in cells]
             print(
-                f"{method:>18}" + "".join(f"{c['rms']:>9.1e}{h:>5}" for c, h in zip(cells, held, strict=True)),
+                f"{method:>18}"
+                + "".join(f"{c['rms']:>9.1e}{h:>5}" for c, h in zip(cells, held, strict=True)),
                 flush=True,
             )
     path = save("traces", result)

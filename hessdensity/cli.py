@@ -19,13 +19,28 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--plot", default="hessdensity_demo.png", type=click.Path(dir_okay=False), help="Where the figure goes.")
-@click.option("--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution.")
-@click.option("--num-probes", default=4, type=click.IntRange(min=1), help="Random starts: the precision.")
-@click.option("--deflation-steps", default=60, type=click.IntRange(min=0), help="Lanczos steps without probe noise.")
+@click.option(
+    "--plot",
+    default="hessdensity_demo.png",
+    type=click.Path(dir_okay=False),
+    help="Where the figure goes.",
+)
+@click.option(
+    "--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution."
+)
+@click.option(
+    "--num-probes", default=4, type=click.IntRange(min=1), help="Random starts: the precision."
+)
+@click.option(
+    "--deflation-steps",
+    default=60,
+    type=click.IntRange(min=0),
+    help="Lanczos steps without probe noise.",
+)
 @click.option("--seed", default=0, help="Seed of the probes.")
 def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed: int) -> None:
-    """Train a small network on handwritten digits; estimate its Hessian's density, and compare with the exact one."""
+    """Train a small network on handwritten digits; estimate its Hessian's density, and compare with
+    the exact one."""
     import jax
     import numpy as np
 
@@ -34,7 +49,10 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
 
     _check_targets(None, plot)
     start = time.perf_counter()
-    click.echo(f"Training a {'-'.join(map(str, demonstration.WIDTHS))} network on scikit-learn's digits ...")
+    click.echo(
+        f"Training a {'-'.join(map(str, demonstration.WIDTHS))} network on scikit-learn's digits "
+        "..."
+    )
     try:
         hessian = hd.Hessian(*demonstration.problem())
     except ModuleNotFoundError as error:
@@ -43,7 +61,9 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
     density = hd.spectral_density(
         hessian, key, num_steps=num_steps, num_probes=num_probes, deflation_steps=deflation_steps
     )
-    click.echo(f"\n{density}\n\nThe dense Hessian for comparison, {density.dimension:,} products ...")
+    click.echo(
+        f"\n{density}\n\nThe dense Hessian for comparison, {density.dimension:,} products ..."
+    )
     eigenvalues = np.linalg.eigvalsh(hd.dense(hessian))
     click.echo(demonstration.comparison(density, eigenvalues))
     _save_figure(density, plot, eigenvalues=eigenvalues, label=f"{density.num_matvecs} products")
@@ -52,23 +72,42 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
 
 @main.command()
 @click.argument("problem")
-@click.option("--num-steps", default=45, type=click.IntRange(min=1), help="Lanczos steps of a probe: the resolution.")
-@click.option("--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision.")
-@click.option("--deflation-steps", default=90, type=click.IntRange(min=0), help="Lanczos steps without probe noise.")
+@click.option(
+    "--num-steps",
+    default=45,
+    type=click.IntRange(min=1),
+    help="Lanczos steps of a probe: the resolution.",
+)
+@click.option(
+    "--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision."
+)
+@click.option(
+    "--deflation-steps",
+    default=90,
+    type=click.IntRange(min=0),
+    help="Lanczos steps without probe noise.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Go on until the estimated W1 error over the range is below this.",
 )
 @click.option(
-    "--basis", type=click.Choice(["device", "host", "none"]), help="Where the vectors go; what fits by default."
+    "--basis",
+    type=click.Choice(["device", "host", "none"]),
+    help="Where the vectors go; what fits by default.",
 )
 @click.option("--checkpoint", type=click.Path(), help="Folder that a killed run goes on from.")
 @click.option("--seed", default=0, help="Seed of the probes.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg).")
 @click.option(
-    "--x-scale", default="linear", type=click.Choice(["linear", "symlog"]), help="Scale of the figure's x axis."
+    "--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg)."
+)
+@click.option(
+    "--x-scale",
+    default="linear",
+    type=click.Choice(["linear", "symlog"]),
+    help="Scale of the figure's x axis.",
 )
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def run(
@@ -87,8 +126,8 @@ def run(
 ) -> None:
     """Estimate the density of PROBLEM, given as package.module:function.
 
-    The function takes no argument and returns (loss, params, data), or an operator. The current folder is on the path.
-    """
+    The function takes no argument and returns (loss, params, data), or an operator. The current
+    folder is on the path."""
     import jax
 
     import hessdensity as hd
@@ -121,31 +160,39 @@ def _operator(problem: str) -> Any:
 
     module, separator, function = problem.partition(":")
     if not separator:
-        raise click.BadParameter(f"{problem!r} names no function; expected package.module:function.")
+        raise click.BadParameter(
+            f"{problem!r} names no function; expected package.module:function."
+        )
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise
-        raise click.BadParameter(f"there is no module {error.name!r} in the current folder or installed.") from error
+        raise click.BadParameter(
+            f"there is no module {error.name!r} in the current folder or installed."
+        ) from error
     if not hasattr(found, function):
         raise click.BadParameter(f"module {module!r} has no function {function!r}.")
     make = getattr(found, function)
     if not callable(make):
-        raise click.BadParameter(f"{problem!r} is a {type(make).__name__}; expected a function without arguments.")
+        raise click.BadParameter(
+            f"{problem!r} is a {type(make).__name__}; expected a function without arguments."
+        )
     made = make()
     if isinstance(made, tuple) and len(made) == 3:
         return hd.Hessian(*made)
     if not hasattr(made, "like"):
         raise click.BadParameter(
-            f"{problem!r} returned a {type(made).__name__}; expected (loss, params, data), or an operator."
+            f"{problem!r} returned a {type(made).__name__}; expected (loss, params, data), or an "
+            "operator."
         )
     return made
 
 
 def _check_targets(out: str | None, plot: str | None) -> None:
-    """A long computation must not end in a folder that is not there, or in a suffix that no figure has."""
+    """A long computation must not end in a folder that is not there, or in a suffix that no figure
+    has."""
     for target in filter(None, (out, plot)):
         folder = Path(target).absolute().parent
         if not folder.is_dir():
@@ -155,7 +202,9 @@ def _check_targets(out: str | None, plot: str | None) -> None:
 
         suffix = Path(plot).suffix.lstrip(".")
         if suffix not in formats():
-            raise click.BadParameter(f"{plot!r}: no figure is written as {suffix!r}; expected {', '.join(formats())}.")
+            raise click.BadParameter(
+                f"{plot!r}: no figure is written as {suffix!r}; expected {', '.join(formats())}."
+            )
 
 
 def _save_figure(density: Any, path: str, **options: Any) -> None:

@@ -1,4 +1,5 @@
-"""The main job on real data, small enough to be checked: a network for scikit-learn's handwritten digits."""
+"""The main job on real data, small enough to be checked: a network for scikit-learn's handwritten
+digits."""
 
 from __future__ import annotations
 
@@ -9,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import adapters, losses
-from .comparison import distance
-from .data import batches
-from .density import SpectralDensity
+from .data.passes import batches
+from .spectra.density import SpectralDensity
+from .spectra.distance import distance
 
 WIDTHS = (64, 16, 10)
 TRAINING_STEPS = 400
 
 
 def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, list[Any]]:
-    """``(loss, params, data)`` of a 64-16-10 ReLU network (1,210 weights), trained with Adam on 1,797 digits.
+    """``(loss, params, data)`` of a 64-16-10 ReLU network (1,210 weights), trained with Adam on
+    1,797 digits.
 
     Args:
       training_steps: full-batch steps; 0 for the network at initialisation.
@@ -31,7 +33,11 @@ def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, lis
 
     images, labels = _digits()
     keys = nnx.Rngs(0)
-    layers = [nnx.Linear(WIDTHS[0], WIDTHS[1], rngs=keys), nnx.relu, nnx.Linear(WIDTHS[1], WIDTHS[2], rngs=keys)]
+    layers = [
+        nnx.Linear(WIDTHS[0], WIDTHS[1], rngs=keys),
+        nnx.relu,
+        nnx.Linear(WIDTHS[1], WIDTHS[2], rngs=keys),
+    ]
     loss, params = adapters.from_nnx(nnx.Sequential(*layers), losses.cross_entropy)
     optimizer = optax.adam(1e-2)
 
@@ -51,7 +57,8 @@ def _digits() -> tuple[jax.Array, jax.Array]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the demonstration's digits come with scikit-learn, which is not installed: pip install 'hessdensity[demo]'"
+            "the demonstration's digits come with scikit-learn, which is not installed: pip "
+            "install 'hessdensity[demo]'"
         ) from error
     digits = load_digits()
     return jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)
@@ -69,8 +76,16 @@ def comparison(density: SpectralDensity, eigenvalues: np.ndarray) -> str:
         ("smallest eigenvalue", f"{extremes.smallest:.6g}", f"{eigenvalues.min():.6g}"),
         ("trace", f"{density.trace():.4g}", f"{eigenvalues.sum():.4g}"),
         ("Frobenius norm", f"{density.frobenius_norm():.4g}", f"{np.linalg.norm(eigenvalues):.4g}"),
-        (f"share in ±{near:.2g}", f"{share.value:.3f} in [{share.lower:.3f}, {share.upper:.3f}]", f"{exact_share:.3f}"),
-        ("median eigenvalue", f"{density.quantile(0.5).value:.2g}", f"{np.median(eigenvalues):.2g}"),
+        (
+            f"share in ±{near:.2g}",
+            f"{share.value:.3f} in [{share.lower:.3f}, {share.upper:.3f}]",
+            f"{exact_share:.3f}",
+        ),
+        (
+            "median eigenvalue",
+            f"{density.quantile(0.5).value:.2g}",
+            f"{np.median(eigenvalues):.2g}",
+        ),
         ("W1 distance / range", f"{gap:.1e}", "0"),
     ]
     return "\n".join(f"  {name:<22}{estimate:>28}{exact:>14}" for name, estimate, exact in rows)

@@ -1,9 +1,12 @@
-"""The strictest world for every test, on eight fake devices; float64 and float32 where a test asks for ``dtype``."""
+"""The strictest world for every test, on eight fake devices; float64 and float32 where a test asks
+for ``dtype``."""
 
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -25,7 +28,8 @@ def strict():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget():
-    """Drop the programs that a module has compiled: a process that keeps thousands of them runs out of memory maps."""
+    """Drop the programs that a module has compiled: a process that keeps thousands of them runs out
+    of memory maps."""
     yield
     jax.clear_caches()
 
@@ -44,8 +48,12 @@ def key():
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """The folder of real data, from HESSDENSITY_DATA or beside the project; skips where it is missing."""
+    """The folder of real data, from HESSDENSITY_DATA or beside the project; skips where it is
+    missing."""
     folder = Path(os.environ.get("HESSDENSITY_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real data in {folder.name!r} beside the project; set HESSDENSITY_DATA to the folder")
+        pytest.skip(
+            f"no real data in {folder.name!r} beside the project; set HESSDENSITY_DATA to the "
+            "folder"
+        )
     return folder

@@ -7,7 +7,8 @@ from jax.flatten_util import ravel_pytree
 
 
 def mlp(dtype, examples=64, seed=0):
-    """(loss, params, (x, y)) of a 6-5-3 tanh network, 55 weights, with a leaf that the loss does not use."""
+    """(loss, params, (x, y)) of a 6-5-3 tanh network, 55 weights, with a leaf that the loss does
+    not use."""
     rng = np.random.default_rng(seed)
 
     def array(*shape):

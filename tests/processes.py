@@ -1,14 +1,14 @@
-"""Real processes on this machine, each with fake devices of its own, connected over gloo on the loopback.
+"""Real processes on this machine, each with fake devices of its own, connected over gloo on the
+loopback.
 
     with Processes("scenarios:density", 2, tmp_path, batches="uneven") as processes:
         results = [ended.result for ended in processes.wait()]
 
-Each process calls ``scenarios.density(batches="uneven")``, a function of a module in this folder, after
-``hessdensity.distributed.start``; what it returns, as JSON, is the process's result. For what is to happen in the
-middle of a run, ``wait_for(index, text)`` waits until a process has printed a text, and ``signal(index, SIGKILL)``
-sends it a signal. One process (count=1) is started without any coordinator, as an ordinary program is. Whatever
-happens, nothing outlives the ``with`` block.
-"""
+Each process calls ``scenarios.density(batches="uneven")``, a function of a module in this folder,
+after ``hessdensity.distributed.start``; what it returns, as JSON, is the process's result. For what
+is to happen in the middle of a run, ``wait_for(index, text)`` waits until a process has printed a
+text, and ``signal(index, SIGKILL)`` sends it a signal. One process (count=1) is started without any
+coordinator, as an ordinary program is. Whatever happens, nothing outlives the ``with`` block."""
 
 import contextlib
 import importlib
@@ -69,7 +69,12 @@ class Processes:
         self._running = []
         for index in range(count):
             own = options | ({"process_id": index} if count > 1 else {})
-            task = [scenario, json.dumps(arguments), json.dumps(own), str(self._path(index, "json"))]
+            task = [
+                scenario,
+                json.dumps(arguments),
+                json.dumps(own),
+                str(self._path(index, "json")),
+            ]
             with self._path(index, "out").open("w") as output:
                 process = subprocess.Popen(
                     [sys.executable, __file__, *task],
@@ -91,9 +96,16 @@ class Processes:
             for index in set(awaited) - set(ended):
                 if self._running[index].poll() is not None:
                     ended[index] = time.monotonic() - began
-            self._check(began, limit, f"only {sorted(ended)} of the processes {list(awaited)} have ended")
+            self._check(
+                began, limit, f"only {sorted(ended)} of the processes {list(awaited)} have ended"
+            )
         return [
-            Ended(self._running[index].returncode, ended[index], self._result(index), self.output(index))
+            Ended(
+                self._running[index].returncode,
+                ended[index],
+                self._result(index),
+                self.output(index),
+            )
             for index in awaited
         ]
 
@@ -103,7 +115,9 @@ class Processes:
         while text not in self.output(index):
             self._check(began, limit, f"process {index} has not written {text!r}")
             if self._running[index].poll() is not None and text not in self.output(index):
-                raise AssertionError(f"process {index} has ended without writing {text!r}:\n{self.output(index)}")
+                raise AssertionError(
+                    f"process {index} has ended without writing {text!r}:\n{self.output(index)}"
+                )
 
     def signal(self, index, number=signal.SIGKILL):
         """Sends a signal: SIGKILL, SIGTERM, SIGSTOP, SIGCONT."""
@@ -133,14 +147,19 @@ class Processes:
 
     def _check(self, began, limit, what):
         if time.monotonic() - began > limit:
-            written = [f"--- process {index}\n{self.output(index)[-3000:]}" for index in range(len(self._running))]
+            written = [
+                f"--- process {index}\n{self.output(index)[-3000:]}"
+                for index in range(len(self._running))
+            ]
             raise TimeLimitError("\n".join([f"{what} after {limit} s", *written]))
         time.sleep(0.1)
 
 
 def run(scenario, count, folder, *, devices=2, limit=120, options=None, **arguments):
     """The results of all processes; AssertionError with the output of one that failed."""
-    with Processes(scenario, count, folder, devices=devices, options=options, **arguments) as processes:
+    with Processes(
+        scenario, count, folder, devices=devices, options=options, **arguments
+    ) as processes:
         ended = processes.wait(limit)
     for index, one in enumerate(ended):
         assert one.code == 0, f"process {index} ended with {one.code}:\n{one.output[-3000:]}"

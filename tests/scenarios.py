@@ -1,4 +1,5 @@
-"""What the processes of test_processes.py do; each function runs in every process, after `distributed.start`."""
+"""What the processes of test_processes.py do; each function runs in every process, after
+`distributed.start`."""
 
 import time
 
@@ -34,12 +35,18 @@ def dealt(deal, count):
     """The batches of each process, and those of all joined: the same in every process."""
     rng = np.random.default_rng(1)
     parts = [
-        [(rng.standard_normal((size, 8)).astype(np.float32), rng.random(size).astype(np.float32)) for size in sizes]
+        [
+            (rng.standard_normal((size, 8)).astype(np.float32), rng.random(size).astype(np.float32))
+            for size in sizes
+        ]
         for sizes in LENGTHS[deal][:count]
     ]
     number = max(map(len, parts))
     joined = [
-        jax.tree.map(lambda *leaves: np.concatenate(leaves), *(part[index] for part in parts if index < len(part)))
+        jax.tree.map(
+            lambda *leaves: np.concatenate(leaves),
+            *(part[index] for part in parts if index < len(part)),
+        )
         for index in range(number)
     ]
     return parts, joined
@@ -48,7 +55,9 @@ def dealt(deal, count):
 def results(params, data, *, more=False, **settings):
     """Numbers that do not depend on where they are computed."""
     hessian = hd.Hessian(loss, params, data, **settings)
-    found = hd.spectral_density(hessian, jax.random.key(0), num_steps=8, deflation_steps=8, progress=False)
+    found = hd.spectral_density(
+        hessian, jax.random.key(0), num_steps=8, deflation_steps=8, progress=False
+    )
     numbers = {
         "rules": [[rule.nodes.tolist(), rule.weights.tolist()] for rule in found.rules],
         "batch_losses": hessian.describe()["batch_losses"],
@@ -66,11 +75,8 @@ def results(params, data, *, more=False, **settings):
 def density(deal, layout="replicated", kind="host", **settings):
     """What all processes together find, each reading its own examples.
 
-    Args:
-      deal: of `LENGTHS`.
-      layout: of the parameters.
-      kind: "host" batches; "placed" ones; or "host" ones on a mesh where the processes' devices alternate.
-      settings: for `results`.
+    Args: deal: of `LENGTHS`. layout: of the parameters. kind: "host" batches; "placed" ones; or
+      "host" ones on a mesh where the processes' devices alternate. settings: for `results`.
     """
     devices = jax.devices()
     devices = [*devices[::2], *devices[1::2]] if kind == "alternating" else devices
@@ -85,15 +91,19 @@ def density(deal, layout="replicated", kind="host", **settings):
 
 
 def assert_same(ours, theirs):
-    """To rounding relative to the norm of T: nodes, moments up to 2m - 1 in units of the largest node, and W1."""
+    """To rounding relative to the norm of T: nodes, moments up to 2m - 1 in units of the largest
+    node, and W1."""
     rules = [
-        [hd.Rule(*map(np.array, rule), 0, np.zeros(len(rule[0]))) for rule in one["rules"]] for one in (ours, theirs)
+        [hd.Rule(*map(np.array, rule), 0, np.zeros(len(rule[0]))) for rule in one["rules"]]
+        for one in (ours, theirs)
     ]
     scale = max(float(np.abs(rule.nodes).max()) for rule in rules[0])
     for a, b in zip(*rules, strict=True):
         assert abs(a.nodes[-1] - b.nodes[-1]) < 1e-5 * scale
         for k in range(1, 8):
-            assert abs(a.weights @ (a.nodes / scale) ** k - b.weights @ (b.nodes / scale) ** k) < 1e-5
+            assert (
+                abs(a.weights @ (a.nodes / scale) ** k - b.weights @ (b.nodes / scale) ** k) < 1e-5
+            )
     assert hd.distance(*(hd.SpectralDensity(tuple(one), 33, 0) for one in rules)) < 1e-4 * scale
     for name in ours.keys() & theirs.keys() - {"rules", "fingerprint"}:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, err_msg=name)
@@ -106,7 +116,9 @@ def refused():
     good = np.ones((4, 8), np.float32), np.ones(4, np.float32)
     odd, said = (good[0][:3], good[1][:3]), []
     for bad in ([], [(good[0], good[1][:3])], [(good[0].astype(np.float16), good[1])], [good, odd]):
-        hessian = hd.Hessian(mean_of_whole_batches, params, bad if jax.process_index() == 1 else [good])
+        hessian = hd.Hessian(
+            mean_of_whole_batches, params, bad if jax.process_index() == 1 else [good]
+        )
         try:
             hessian @ params
         except ValueError as error:
@@ -122,7 +134,8 @@ mean_of_whole_batches.whole_batch = True
 
 
 def rounds(stall=None, fail=None, **_):
-    """Collectives for ever; in the tenth round process `stall` hangs in its loader, process `fail` raises."""
+    """Collectives for ever; in the tenth round process `stall` hangs in its loader, process `fail`
+    raises."""
 
     def loader():
         for step in range(10**6):

@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "hessdensity"
 
-# Which of our own rooms a room may import. Whoever adds a room adds a line, and says why in the commit.
+# Which of our own rooms a room may import. Whoever adds a room adds a line, and says why in the
+# commit.
 MAY_IMPORT = {
     "_sums": set(),
     "_trees": {"_sums"},
@@ -82,7 +83,16 @@ MAY_IMPORT = {
     },
     "_exchangeable": set(),
     "data_error": {"_trees", "_products", "data", "eigenspaces", "hessian", "results"},
-    "parts": {"_trees", "_progress", "data_error", "density", "hessian", "lanczos", "operators", "quadrature"},
+    "parts": {
+        "_trees",
+        "_progress",
+        "data_error",
+        "density",
+        "hessian",
+        "lanczos",
+        "operators",
+        "quadrature",
+    },
     "traces": {"_trees", "_progress", "_basis", "_exchangeable", "operators", "results"},
     "_projection": {"_trees", "eigenspaces"},
     "gradients": {
@@ -98,7 +108,15 @@ MAY_IMPORT = {
         "density",
         "eigenspaces",
     },
-    "gradient_noise": {"_trees", "_projection", "_selection", "data", "hessian", "losses", "eigenspaces"},
+    "gradient_noise": {
+        "_trees",
+        "_projection",
+        "_selection",
+        "data",
+        "hessian",
+        "losses",
+        "eigenspaces",
+    },
     "_track_archive": {"_archive"},
     "tracks": {"_archive", "_track_archive", "density", "eigenspaces"},
     "tracking": {
@@ -146,7 +164,8 @@ HEAVY = {"flax", "optax", "orbax", "etils", "psutil", "matplotlib", "scipy", "sk
 
 
 def imports(tree):
-    """(module, whether it runs when the file is imported) of every import but those for type checkers."""
+    """(module, whether it runs when the file is imported) of every import but those for type
+    checkers."""
     found = []
 
     def visit(node, at_import):
@@ -157,7 +176,12 @@ def imports(tree):
         if isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             bare = base in {".", "hessdensity"}
-            found.extend([(f"{base.rstrip('.')}.{alias.name}" if bare else base, at_import) for alias in node.names])
+            found.extend(
+                [
+                    (f"{base.rstrip('.')}.{alias.name}" if bare else base, at_import)
+                    for alias in node.names
+                ]
+            )
         inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for child in ast.iter_child_nodes(node):
             visit(child, at_import and not inside)
@@ -179,17 +203,26 @@ def test_a_room_imports_only_what_it_may(path):
     tree = ast.parse(path.read_text())
     for name, at_import in imports(tree):
         room = ours(name)
-        lazy_plot = (path.stem, room) in {("density", "plots"), ("tracks", "track_plots")} and not at_import
-        assert room is None or room in MAY_IMPORT[path.stem] or lazy_plot, f"{path.name} imports {name}"
+        lazy_plot = (path.stem, room) in {
+            ("density", "plots"),
+            ("tracks", "track_plots"),
+        } and not at_import
+        assert room is None or room in MAY_IMPORT[path.stem] or lazy_plot, (
+            f"{path.name} imports {name}"
+        )
         drawing = path.stem in {"plots", "track_plots"} and name.startswith("matplotlib")
-        assert not at_import or name.split(".")[0] not in HEAVY or drawing, f"{path.name} loads {name} when imported"
+        assert not at_import or name.split(".")[0] not in HEAVY or drawing, (
+            f"{path.name} loads {name} when imported"
+        )
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
 def test_a_room_neither_prints_nor_configures(path):
     text = path.read_text()
     calls = {
-        node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and hasattr(node.func, "id")
+        node.func.id
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and hasattr(node.func, "id")
     }
     assert "print" not in calls
     assert "open" not in calls or path.stem in {"_archive", "_track_archive"}

@@ -1,4 +1,5 @@
-"""The command line does the main job from a file of the user's, and answers a mistake in one sentence."""
+"""The command line does the main job from a file of the user's, and answers a mistake in one
+sentence."""
 
 import functools
 import re
@@ -51,8 +52,12 @@ def png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(("problem", "kind", "n"), [("regression", "Hessian", 5), ("operator", "Matrix", 6)])
-def test_a_problem_or_an_operator_gives_a_summary_a_file_and_a_figure(run, tmp_path, problem, kind, n):
+@pytest.mark.parametrize(
+    ("problem", "kind", "n"), [("regression", "Hessian", 5), ("operator", "Matrix", 6)]
+)
+def test_a_problem_or_an_operator_gives_a_summary_a_file_and_a_figure(
+    run, tmp_path, problem, kind, n
+):
     result = run(
         f"mine:{problem}",
         "--num-steps",
@@ -77,10 +82,15 @@ def test_a_problem_or_an_operator_gives_a_summary_a_file_and_a_figure(run, tmp_p
 
 
 def test_the_saved_density_is_the_one_that_the_library_gives(run, key):
-    result = run("mine:operator", "--num-steps", "4", "--seed", "7", "--out", "d.npz", "--no-progress")
+    result = run(
+        "mine:operator", "--num-steps", "4", "--seed", "7", "--out", "d.npz", "--no-progress"
+    )
     assert result.exit_code == 0, result.output
     expected = hd.spectral_density(
-        hd.Matrix(np.diag(np.arange(1.0, 7.0, dtype=np.float32))), jax.random.key(7), num_steps=4, progress=False
+        hd.Matrix(np.diag(np.arange(1.0, 7.0, dtype=np.float32))),
+        jax.random.key(7),
+        num_steps=4,
+        progress=False,
     )
     saved = hd.SpectralDensity.load("d.npz")
     np.testing.assert_array_equal(saved.nodes, expected.nodes)
@@ -95,7 +105,9 @@ def test_nothing_is_written_unless_asked(run, tmp_path):
 
 @pytest.mark.parametrize(("option", "shown"), [("--progress", True), ("--no-progress", False)])
 def test_the_progress_bar_counts_products_on_standard_error(run, option, shown):
-    result = run("mine:operator", "--num-steps", "4", "--num-probes", "3", "--deflation-steps", "0", option)
+    result = run(
+        "mine:operator", "--num-steps", "4", "--num-probes", "3", "--deflation-steps", "0", option
+    )
     assert ("12/12" in result.stderr) == shown
     assert "HVP" not in result.stdout
 
@@ -111,9 +123,18 @@ def test_the_figure_may_be_on_a_symlog_axis(run, tmp_path):
         (["mine"], "'mine' names no function; expected package.module:function"),
         (["mine:absent"], "module 'mine' has no function 'absent'"),
         (["absent:problem"], "there is no module 'absent' in the current folder or installed"),
-        (["absent.inner:problem"], "there is no module 'absent' in the current folder or installed"),
-        (["mine:operator", "--out", "absent/d.npz"], "'absent/d.npz': the folder '.*absent' does not exist"),
-        (["mine:operator", "--plot", "absent/d.png"], "'absent/d.png': the folder '.*absent' does not exist"),
+        (
+            ["absent.inner:problem"],
+            "there is no module 'absent' in the current folder or installed",
+        ),
+        (
+            ["mine:operator", "--out", "absent/d.npz"],
+            "'absent/d.npz': the folder '.*absent' does not exist",
+        ),
+        (
+            ["mine:operator", "--plot", "absent/d.png"],
+            "'absent/d.png': the folder '.*absent' does not exist",
+        ),
         (["mine:operator", "--plot", "d.pgn"], "pgn"),
         (["mine:operator", "--num-steps", "0"], "--num-steps"),
         (["mine:operator", "--num-probes", "0"], "--num-probes"),
@@ -124,7 +145,9 @@ def test_the_figure_may_be_on_a_symlog_axis(run, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_answered_in_a_sentence_before_anything_is_computed(run, monkeypatch, arguments, sentence):
+def test_a_mistake_is_answered_in_a_sentence_before_anything_is_computed(
+    run, monkeypatch, arguments, sentence
+):
     monkeypatch.setattr(hd.Matrix, "__matmul__", lambda *_: pytest.fail("a product was computed"))
     result = run(*arguments)
     assert result.exit_code == 2
@@ -146,7 +169,14 @@ def test_help_says_what_it_does_and_with_which_defaults(command):
     if command:
         assert all(
             word in text
-            for word in ("--num-steps", "[default: ", "--num-probes", "--deflation-steps", "--seed", "--plot")
+            for word in (
+                "--num-steps",
+                "[default: ",
+                "--num-probes",
+                "--deflation-steps",
+                "--seed",
+                "--plot",
+            )
         )
     else:
         assert all(word in text for word in ("demo", "run", "Hessian"))
@@ -162,7 +192,9 @@ def test_the_demonstration_prints_estimates_beside_the_exact_answers(tmp_path, m
     monkeypatch.setattr(demo, "problem", functools.partial(demo.problem, training_steps=3))
     figure = tmp_path / "demo.png"
     with jax.numpy_dtype_promotion("standard"):  # Adam's step count is an integer
-        result = CliRunner().invoke(main, ["demo", "--plot", str(figure), "--num-steps", "8", "--num-probes", "4"])
+        result = CliRunner().invoke(
+            main, ["demo", "--plot", str(figure), "--num-steps", "8", "--num-probes", "4"]
+        )
     assert result.exit_code == 0, result.output
     assert png(figure)
     text = result.stdout

@@ -1,4 +1,5 @@
-"""The same key gives the same density, wherever the arrays live, and nothing is gathered on the way."""
+"""The same key gives the same density, wherever the arrays live, and nothing is gathered on the
+way."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from scenarios import assert_same
 
 import hessdensity as hd
-from hessdensity import distributed, lanczos
+from hessdensity import distributed
+from hessdensity.krylov import lanczos
 
 
 def mesh_of(count, kind=AxisType.Auto, model=1):
-    shape, names = ((count,), ("data",)) if model == 1 else ((count // model, model), ("data", "model"))
-    return jax.make_mesh(shape, names, axis_types=(kind,) * len(names), devices=jax.devices()[:count])
+    shape, names = (
+        ((count,), ("data",)) if model == 1 else ((count // model, model), ("data", "model"))
+    )
+    return jax.make_mesh(
+        shape, names, axis_types=(kind,) * len(names), devices=jax.devices()[:count]
+    )
 
 
 def put(layout, mesh):
@@ -22,16 +28,21 @@ def put(layout, mesh):
     if layout == "tensor":
         specs = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec()}
         return {
-            name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in scenarios.weights().items()
+            name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
+            for name, leaf in scenarios.weights().items()
         }
-    return distributed.place(scenarios.weights(), mesh, min_size={"replicated": 10**9, "fsdp": 8}[layout])
+    return distributed.place(
+        scenarios.weights(), mesh, min_size={"replicated": 10**9, "fsdp": 8}[layout]
+    )
 
 
 @pytest.fixture(scope="module")
 def alone():
     """What one device finds."""
     return {
-        deal: scenarios.results(scenarios.weights(), scenarios.dealt(deal, 2)[1], more=deal == "uneven")
+        deal: scenarios.results(
+            scenarios.weights(), scenarios.dealt(deal, 2)[1], more=deal == "uneven"
+        )
         for deal in ("even", "uneven")
     }
 
@@ -66,7 +77,9 @@ def test_eigenspaces_traces_gradients_and_parts_are_those_of_one_device(alone, k
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *gradients)
     assert {shard.data.shape for shard in gradients[0]["kernel"].addressable_shards} == {(1, 4)}
     parts = [
-        hd.part_densities(hd.Hessian(scenarios.loss, p, data), key, 2, num_steps=6, num_probes=1, progress=False)
+        hd.part_densities(
+            hd.Hessian(scenarios.loss, p, data), key, 2, num_steps=6, num_probes=1, progress=False
+        )
         for p in (params, scenarios.weights())
     ]
     for ours, theirs in zip(parts[0].densities, parts[1].densities, strict=True):
@@ -99,11 +112,15 @@ def test_sharded_parameters_keep_their_shards_in_every_vector(key):
 def test_outliers_keep_the_shards_of_the_parameters(key):
     params, data = put("fsdp", mesh_of(8)), scenarios.dealt("uneven", 2)[1]
     hessian = hd.Hessian(scenarios.loss, params, data)
-    found = hd.spectral_density(hessian, key, num_steps=8, deflation_steps=20, keep_eigenspace=True, progress=False)
+    found = hd.spectral_density(
+        hessian, key, num_steps=8, deflation_steps=20, keep_eigenspace=True, progress=False
+    )
     for space in (found.eigenspace, hd.top_eigenspace(hessian, key, 2, progress=False)):
         rank = space.values.size
         assert rank
-        assert {shard.data.shape for shard in space.vectors["kernel"].addressable_shards} == {(rank, 1, 4)}
+        assert {shard.data.shape for shard in space.vectors["kernel"].addressable_shards} == {
+            (rank, 1, 4)
+        }
 
 
 # The room `distributed` ----------------------------------------------------------------------------------------------
@@ -116,7 +133,9 @@ def test_a_mesh_has_the_axis_model_only_where_it_is_longer_than_one():
     assert set(distributed.make_mesh(model=2).axis_types) == {AxisType.Auto}
 
 
-@pytest.mark.parametrize("axes", [{"model": 3}, {"data": 4}, {"data": 4, "model": 3}, {"model": 0}, {"model": 16}])
+@pytest.mark.parametrize(
+    "axes", [{"model": 3}, {"data": 4}, {"data": 4, "model": 3}, {"model": 0}, {"model": 16}]
+)
 def test_axes_that_are_not_all_devices_are_refused(axes):
     with pytest.raises(ValueError, match="but there are 8 devices; expected data x model of them"):
         distributed.make_mesh(**axes)
@@ -124,17 +143,40 @@ def test_axes_that_are_not_all_devices_are_refused(axes):
 
 def test_large_leaves_are_split_along_their_longest_dimension_that_the_axis_divides():
     mesh = distributed.make_mesh()
-    shapes = {"a": (16, 64), "b": (24, 7), "c": (9, 11), "d": (8,), "e": (), "f": (4, 3, 16, 16), "g": (0, 8)}
-    expected = {"a": (16, 8), "b": (3, 7), "c": (9, 11), "d": (8,), "e": (), "f": (4, 3, 2, 16), "g": (0, 8)}
+    shapes = {
+        "a": (16, 64),
+        "b": (24, 7),
+        "c": (9, 11),
+        "d": (8,),
+        "e": (),
+        "f": (4, 3, 16, 16),
+        "g": (0, 8),
+    }
+    expected = {
+        "a": (16, 8),
+        "b": (3, 7),
+        "c": (9, 11),
+        "d": (8,),
+        "e": (),
+        "f": (4, 3, 2, 16),
+        "g": (0, 8),
+    }
     values = {
-        name: np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape) for name, shape in shapes.items()
+        name: np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+        for name, shape in shapes.items()
     }
     for tree in (values, jax.tree.map(jnp.asarray, values)):
         placed = distributed.place(tree, mesh, min_size=50)
-        assert {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()} == expected
+        assert {
+            name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()
+        } == expected
         jax.tree.map(np.testing.assert_array_equal, placed, values)
-    described = distributed.place(jax.eval_shape(lambda: jax.tree.map(jnp.asarray, values)), mesh, min_size=50)
-    assert {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in described.items()} == expected
+    described = distributed.place(
+        jax.eval_shape(lambda: jax.tree.map(jnp.asarray, values)), mesh, min_size=50
+    )
+    assert {
+        name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in described.items()
+    } == expected
     with pytest.raises(ValueError, match=r"axis='model', but the mesh has the axes \('data',\)"):
         distributed.place(values, mesh, axis="model")
 
@@ -146,7 +188,9 @@ def test_a_watched_loader_is_the_loader():
 
 
 def test_a_coordinator_that_is_not_there_is_named():
-    with pytest.raises(RuntimeError, match=r"process 1 found no coordinator at 127.0.0.1:1 within 1 s.*process 0"):
+    with pytest.raises(
+        RuntimeError, match=r"process 1 found no coordinator at 127.0.0.1:1 within 1 s.*process 0"
+    ):
         distributed.start("127.0.0.1:1", 2, 1, connect_timeout=1)
     with pytest.raises(ValueError, match=r"coordinator_address='here', expected 'host:port'"):
         distributed.start("here", 2, 1)

@@ -7,7 +7,9 @@ import pytest
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -19,16 +21,20 @@ def loaded():
 
 
 @pytest.mark.parametrize(
-    "package", ["matplotlib", "flax", "optax", "orbax", "sklearn", "scipy", "tqdm", "click", "grain", "torch"]
+    "package",
+    ["matplotlib", "flax", "optax", "orbax", "sklearn", "scipy", "tqdm", "click", "grain", "torch"],
 )
 def test_the_import_does_not_load(package, loaded):
     assert "hessdensity" in loaded
     assert package not in loaded
 
 
-@pytest.mark.parametrize("module", ["hessdensity", "hessdensity.cli", "hessdensity.adapters", "hessdensity.losses"])
+@pytest.mark.parametrize(
+    "module", ["hessdensity", "hessdensity.cli", "hessdensity.adapters", "hessdensity.losses"]
+)
 def test_the_import_initialises_no_backend(module):
-    # Whoever imports before jax.distributed.initialize, or before choosing a platform, must still be free to do so.
+    # Whoever imports before jax.distributed.initialize, or before choosing a platform, must still
+    # be free to do so.
     code = f"import {module}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
     assert run(code) == ["False"]
 

@@ -17,7 +17,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, length, width = x.shape
-        heads = nn.Dense(3 * width, name="qkv")(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
+        heads = nn.Dense(3 * width, name="qkv")(x).reshape(
+            batch, length, 3, self.num_heads, width // self.num_heads
+        )
         query, key, value = jnp.moveaxis(heads, 2, 0)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / jnp.sqrt(query.shape[-1])
         causal = jnp.tril(jnp.ones((length, length), bool))
@@ -27,7 +29,8 @@ class Attention(nn.Module):
 
 
 class GPT(nn.Module):
-    """Pre-norm transformer with learned positions: tokens (batch, length) -> logits (batch, length, vocab_size)."""
+    """Pre-norm transformer with learned positions: tokens (batch, length) -> logits (batch, length,
+    vocab_size)."""
 
     vocab_size: int = 65
     width: int = 128
@@ -40,11 +43,18 @@ class GPT(nn.Module):
         length = tokens.shape[1]
         # Flax would answer positions beyond the table with NaN, later and without a reason.
         if length > self.max_length:
-            raise ValueError(f"sequences of {length} tokens: at most max_length={self.max_length} have a position")
+            raise ValueError(
+                f"sequences of {length} tokens: at most max_length={self.max_length} have a "
+                "position"
+            )
         positions = nn.Embed(self.max_length, self.width, name="positions")(jnp.arange(length))
         x = nn.Embed(self.vocab_size, self.width, name="tokens")(tokens) + positions
         for index in range(self.depth):
-            x += Attention(self.num_heads, name=f"attention_{index}")(nn.LayerNorm(name=f"norm_a_{index}")(x))
-            hidden = nn.Dense(4 * self.width, name=f"expand_{index}")(nn.LayerNorm(name=f"norm_b_{index}")(x))
+            x += Attention(self.num_heads, name=f"attention_{index}")(
+                nn.LayerNorm(name=f"norm_a_{index}")(x)
+            )
+            hidden = nn.Dense(4 * self.width, name=f"expand_{index}")(
+                nn.LayerNorm(name=f"norm_b_{index}")(x)
+            )
             x += nn.Dense(self.width, name=f"contract_{index}")(nn.gelu(hidden))
         return nn.Dense(self.vocab_size, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))

@@ -1,9 +1,9 @@
 """Images decoded once, kept as bytes, and handed out as the same batches in every pass.
 
-A run of Lanczos reads the same images in the same order a hundred times, and a core decodes a few hundred a second: so
-they are decoded by Grain's threads before the first pass, into the host's memory or a file on the local disk, 155 kB an
-image of 227 x 227. A pass then reads that, a few batches ahead of the device.
-"""
+A run of Lanczos reads the same images in the same order a hundred times, and a core decodes a few
+hundred a second: so they are decoded by Grain's threads before the first pass, into the host's
+memory or a file on the local disk, 155 kB an image of 227 x 227. A pass then reads that, a few
+batches ahead of the device."""
 
 import contextlib
 import hashlib
@@ -37,10 +37,11 @@ class Images(NamedTuple):
 
 
 class ImageBatches:
-    """Batches (images uint8 (b, size, size, 3), labels int32 (b,)) that can be iterated again and again.
+    """Batches (images uint8 (b, size, size, 3), labels int32 (b,)) that can be iterated again and
+    again.
 
-    The last one is smaller where the rows do not fill it. A row labelled `HOLE` holds no image, and weighs nothing.
-    """
+    The last one is smaller where the rows do not fill it. A row labelled `HOLE` holds no image, and
+    weighs nothing."""
 
     def __init__(self, content: Images, batch_size: int) -> None:
         self.content, self.batch_size = content, batch_size
@@ -52,7 +53,9 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Batch]:
         # A copy, made in a thread of Grain's: it is that which reads a mapped file from the disk.
         batches = grain.MapDataset.range(len(self)).map(self._copy)
-        return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)))
+        return iter(
+            batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+        )
 
     def _copy(self, index: int) -> Batch:
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
@@ -100,29 +103,28 @@ def load(
 ) -> ImageBatches:
     """The source's images as batches, decoded now or found in the cache.
 
-    Process p of P has every P-th image from the p-th on, and batches of batch_size / P: together they make the batches
-    of a single process, whatever P is.
+    Process p of P has every P-th image from the p-th on, and batches of batch_size / P: together
+    they make the batches of a single process, whatever P is.
 
-    Args:
-      source: from `open_source`.
-      size: pixels of a side, see `decode`.
-      crop: see `decode`.
-      batch_size: images of a batch of all processes together.
-      num_images: at most as many, evenly spaced in the source: the first of a sorted folder would be of few classes.
-      cache: a folder on a local disk; the images are kept there, mapped into memory, and found again by a later run
+    Args: source: from `open_source`. size: pixels of a side, see `decode`. crop: see `decode`.
+      batch_size: images of a batch of all processes together. num_images: at most as many, evenly
+      spaced in the source: the first of a sorted folder would be of few classes. cache: a folder on
+      a local disk; the images are kept there, mapped into memory, and found again by a later run
         with the same files, size and process. In the host's memory by default.
-      skip_unreadable: leave out what cannot be read, the same rows in every pass; their reasons are in
-        `content.unreadable`. Else the first one raises. What the disk itself refuses raises in any case: it may come
-        and go.
-      process: (p, P).
-      multiple: of rows in a batch, the last one too, filled up with `HOLE`: the number of devices that share it.
-      num_threads: that decode.
-      progress: show a bar of images decoded.
+      skip_unreadable: leave out what cannot be read, the same rows in every pass; their reasons are
+        in `content.unreadable`. Else the first one raises. What the disk itself refuses raises in
+        any case: it may come and go.
+      process: (p, P). multiple: of rows in a batch, the last one too, filled up with `HOLE`: the
+      number of devices that share it. num_threads: that decode. progress: show a bar of images
+      decoded.
     """
     count = process[1]
     multiple = math.lcm(multiple, count)
     if batch_size < 1 or batch_size % multiple:
-        raise ValueError(f"batch_size={batch_size}, expected a multiple of {multiple}, the devices that share a batch")
+        raise ValueError(
+            f"batch_size={batch_size}, expected a multiple of {multiple}, the devices that share a "
+            "batch"
+        )
     if num_images is not None and num_images < 1:
         raise ValueError(f"num_images={num_images}, expected at least 1")
     total = len(source) if num_images is None else min(num_images, len(source))
@@ -137,12 +139,18 @@ def load(
         with _locked_folder(Path(cache), share.name()) as folder:
             if not folder.is_dir():
                 _check_room(
-                    share.bytes, shutil.disk_usage(cache).free, f"disk under {cache}; name another cache folder"
+                    share.bytes,
+                    shutil.disk_usage(cache).free,
+                    f"disk under {cache}; name another cache folder",
                 )
                 with _whole_or_not(folder) as partial:
-                    images = np.lib.format.open_memmap(partial / "images.npy", "w+", np.uint8, share.shape)
+                    images = np.lib.format.open_memmap(
+                        partial / "images.npy", "w+", np.uint8, share.shape
+                    )
                     labels = np.empty(rows, np.int32)
-                    unreadable = share.decode(images, labels, skip_unreadable, num_threads, progress)
+                    unreadable = share.decode(
+                        images, labels, skip_unreadable, num_threads, progress
+                    )
                     images.flush()
                     np.save(partial / "labels.npy", labels)
                     (partial / "unreadable.json").write_text(json.dumps(unreadable))
@@ -180,7 +188,12 @@ class _Share(NamedTuple):
         return f"images-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}"
 
     def decode(
-        self, images: np.ndarray, labels: np.ndarray, skip_unreadable: bool, num_threads: int, progress: bool
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        skip_unreadable: bool,
+        num_threads: int,
+        progress: bool,
     ) -> list[str]:
         """Fill the arrays; what was unreadable."""
         index, count = self.process
@@ -212,18 +225,24 @@ class _Share(NamedTuple):
 
 
 def _refuse(reason: str) -> None:
-    raise UnreadableImage(f"{reason}. Replace or remove it, or leave it out of every pass with skip_unreadable")
+    raise UnreadableImage(
+        f"{reason}. Replace or remove it, or leave it out of every pass with skip_unreadable"
+    )
 
 
 def _check_room(needed: int, available: int, what: str) -> None:
     # A mapped file that outgrows its disk ends the process without a word, and so does memory.
     if needed > available:
-        raise OSError(f"the decoded images take {needed / 1e9:.1f} GB; there are {available / 1e9:.1f} GB of {what}")
+        raise OSError(
+            f"the decoded images take {needed / 1e9:.1f} GB; there are {available / 1e9:.1f} GB of "
+            f"{what}"
+        )
 
 
 @contextlib.contextmanager
 def _locked_folder(cache: Path, name: str) -> Iterator[Path]:
-    """The folder's path, for one process at a time: another that wants the same images waits until they are there."""
+    """The folder's path, for one process at a time: another that wants the same images waits until
+    they are there."""
     import fcntl
 
     cache.mkdir(parents=True, exist_ok=True)
@@ -234,7 +253,8 @@ def _locked_folder(cache: Path, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _whole_or_not(folder: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when all is written; what a killed run has left is thrown away."""
+    """A folder to write into that gets its name when all is written; what a killed run has left is
+    thrown away."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

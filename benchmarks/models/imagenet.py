@@ -1,7 +1,8 @@
-"""ImageNet as it lies on disk: a folder of folders, or Parquet shards; and how one of its images is read.
+"""ImageNet as it lies on disk: a folder of folders, or Parquet shards; and how one of its images is
+read.
 
-A source has a length, gives records by position, and is what Grain calls a random-access data source.
-"""
+A source has a length, gives records by position, and is what Grain calls a random-access data
+source."""
 
 import bisect
 import hashlib
@@ -16,7 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-SUFFIXES = (".jpeg", ".jpg", ".png")  # ImageNet's own .JPEG in lower case, and what else is found in such folders
+SUFFIXES = (
+    ".jpeg",
+    ".jpg",
+    ".png",
+)  # ImageNet's own .JPEG in lower case, and what else is found in such folders
 
 
 class Record(NamedTuple):
@@ -45,11 +50,11 @@ class UnreadableImage(ValueError):
 
 
 class ImageFolder:
-    """Images as root/CLASS/NAME.JPEG; the label is the position of CLASS among all folders of the root, sorted.
+    """Images as root/CLASS/NAME.JPEG; the label is the position of CLASS among all folders of the
+    root, sorted.
 
-    For ImageNet's 1,000 WordNet ids that is the usual 0..999. Folders without images count, those of a subset of the
-    classes may be left empty.
-    """
+    For ImageNet's 1,000 WordNet ids that is the usual 0..999. Folders without images count, those
+    of a subset of the classes may be left empty."""
 
     def __init__(self, root: str | os.PathLike) -> None:
         self._root = Path(root)
@@ -58,11 +63,14 @@ class ImageFolder:
         self._files: list[tuple[str, int, int]] = []  # name, bytes, label
         for label, folder in enumerate(self._classes):
             with os.scandir(self._root / folder) as entries:
-                found = [(e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(SUFFIXES)]
+                found = [
+                    (e.name, e.stat().st_size) for e in entries if e.name.lower().endswith(SUFFIXES)
+                ]
             self._files += [(name, size, label) for name, size in sorted(found)]
         if not self._files:
             raise FileNotFoundError(
-                f"{root}: no image in its {len(self._classes)} folders; expected files ROOT/CLASS/NAME.JPEG"
+                f"{root}: no image in its {len(self._classes)} folders; expected files "
+                "ROOT/CLASS/NAME.JPEG"
             )
 
     def __len__(self) -> int:
@@ -78,10 +86,11 @@ class ImageFolder:
 
 
 class Parquet:
-    """Images in the rows of Parquet shards: columns `image` {bytes, path} and `label`, as published hubs lay them out.
+    """Images in the rows of Parquet shards: columns `image` {bytes, path} and `label`, as published
+    hubs lay them out.
 
-    Rows are read a row group at a time, and the last few groups kept: an in-order pass reads every group once.
-    """
+    Rows are read a row group at a time, and the last few groups kept: an in-order pass reads every
+    group once."""
 
     num_classes = None
     _KEPT = 4
@@ -91,15 +100,26 @@ class Parquet:
 
         self._files = [parquet.ParquetFile(path) for path in shards]
         self._shards = list(shards)
-        self._groups: list[tuple[int, int, int]] = []  # shard, row group, its first row in the shard
+        self._groups: list[
+            tuple[int, int, int]
+        ] = []  # shard, row group, its first row in the shard
         lengths: list[int] = []
         for shard, file in enumerate(self._files):
             names = file.schema_arrow.names
             if not {"image", "label"} <= set(names):
-                raise ValueError(f"{shards[shard]}: columns {names}; expected `image` {{bytes, path}} and `label`")
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+                raise ValueError(
+                    f"{shards[shard]}: columns {names}; expected `image` {{bytes, path}} and "
+                    "`label`"
+                )
+            sizes = [
+                file.metadata.row_group(group).num_rows
+                for group in range(file.metadata.num_row_groups)
+            ]
             firsts = accumulate(sizes, initial=0)
-            self._groups += [(shard, group, first) for group, (first, _) in enumerate(zip(firsts, sizes, strict=False))]
+            self._groups += [
+                (shard, group, first)
+                for group, (first, _) in enumerate(zip(firsts, sizes, strict=False))
+            ]
             lengths += sizes
         self._ends = list(accumulate(lengths))
         self._tables: OrderedDict[int, Any] = OrderedDict()
@@ -117,13 +137,18 @@ class Parquet:
         image, label = table["image"][row].as_py(), table["label"][row].as_py()
         name = f"{self._shards[shard]}, row {first + row} ({image['path']})"
         if label is None or label < 0:
-            raise ValueError(f"{name} has the label {label}: a test split, whose labels are not given, has no loss")
+            raise ValueError(
+                f"{name} has the label {label}: a test split, whose labels are not given, has no "
+                "loss"
+            )
         return Record(name, image["bytes"], label)
 
     def _table(self, group: int) -> Any:
         if group not in self._tables:
             shard, number, _ = self._groups[group]
-            self._tables[group] = self._files[shard].read_row_group(number, columns=["image", "label"])
+            self._tables[group] = self._files[shard].read_row_group(
+                number, columns=["image", "label"]
+            )
             while len(self._tables) > self._KEPT:
                 self._tables.popitem(last=False)
         return self._tables[group]
@@ -133,18 +158,24 @@ class Parquet:
 
 
 def open_source(path: str | os.PathLike) -> Source:
-    """The images under `path`: an ImageFolder's root; a Parquet shard, a folder of shards, or a pattern of them.
+    """The images under `path`: an ImageFolder's root; a Parquet shard, a folder of shards, or a
+    pattern of them.
 
-    Raises FileNotFoundError where there are none, and ValueError where a folder's shards are of several splits.
-    """
+    Raises FileNotFoundError where there are none, and ValueError where a folder's shards are of
+    several splits."""
     path = Path(path)
     if "*" in path.name:
         shards = sorted(path.parent.glob(path.name))
     else:
         shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        splits = sorted({shard.name.split("-")[0] for shard in shards} & {"train", "validation", "val", "test"})
+        splits = sorted(
+            {shard.name.split("-")[0] for shard in shards} & {"train", "validation", "val", "test"}
+        )
         if len(splits) > 1:
-            raise ValueError(f"{path} holds the splits {', '.join(splits)}; name one, as {path / splits[0]}-*.parquet")
+            raise ValueError(
+                f"{path} holds the splits {', '.join(splits)}; name one, as "
+                f"{path / splits[0]}-*.parquet"
+            )
     if not all(shard.is_file() for shard in shards) or not (shards or path.is_dir()):
         raise FileNotFoundError(
             f"{path}: expected a folder of class folders, a folder of .parquet files, or such files"
@@ -153,11 +184,11 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def decode(record: Record, size: int, crop: float = 1.0) -> np.ndarray:
-    """The image's central square, of `crop` times the shorter side, resized: uint8 (size, size, 3), red green blue.
+    """The image's central square, of `crop` times the shorter side, resized: uint8 (size, size, 3),
+    red green blue.
 
-    Bicubic, Pillow's own choice; grey, palette and CMYK images, of which ImageNet has some, become RGB. Raises
-    `UnreadableImage`.
-    """
+    Bicubic, Pillow's own choice; grey, palette and CMYK images, of which ImageNet has some, become
+    RGB. Raises `UnreadableImage`."""
     from PIL import Image, UnidentifiedImageError
 
     try:

@@ -16,7 +16,8 @@ Variables = Mapping[str, Any]
 
 
 class Network(NamedTuple):
-    """A network, images as bytes -> (batch, 1000) logits; its batch normalisation uses stored statistics."""
+    """A network, images as bytes -> (batch, 1000) logits; its batch normalisation uses stored
+    statistics."""
 
     model: nn.Module
     normalise: Callable[[Any], jax.Array]  # on the device, so that bytes travel
@@ -31,7 +32,8 @@ class Network(NamedTuple):
         return self.model.init(key, jnp.zeros((1, self.size, self.size, 3)))
 
     def load(self, path: str | PathLike) -> Variables:
-        """Trained variables, from a safetensors file in PyTorch's names; ValueError if it is another network's."""
+        """Trained variables, from a safetensors file in PyTorch's names; ValueError if it is
+        another network's."""
         variables = load_weights(path)
         check_fit(variables, jax.eval_shape(self.initial, jax.random.key(0)))
         return variables

@@ -1,8 +1,9 @@
-"""ResNet-18 and ResNet-50 for ImageNet (He and others 2016), in the form whose weights are handed around today.
+"""ResNet-18 and ResNet-50 for ImageNet (He and others 2016), in the form whose weights are handed
+around today.
 
-That is torchvision's: in a bottleneck the 3 x 3 convolution has the stride, not the first one. Submodules bear its
-names (`layer1.0.downsample.0` is `layer1_0/downsample_0`), so that `benchmarks.models.weights` reads its weights.
-"""
+That is torchvision's: in a bottleneck the 3 x 3 convolution has the stride, not the first one.
+Submodules bear its names (`layer1.0.downsample.0` is `layer1_0/downsample_0`), so that
+`benchmarks.models.weights` reads its weights."""
 
 from functools import partial
 from typing import Any
@@ -16,11 +17,12 @@ conv = partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
 
 
 class Block(nn.Module):
-    """A residual block: (batch, h, w, c) -> (batch, h / stride, w / stride, channels), 4 channels if a bottleneck.
+    """A residual block: (batch, h, w, c) -> (batch, h / stride, w / stride, channels), 4 channels
+    if a bottleneck.
 
-    Two 3 x 3 convolutions, or as a bottleneck 1 x 1, 3 x 3 and 1 x 1; a convolution on the shortcut where the shape
-    changes. A branch starts at zero (the scale of its last normalisation; Goyal and others 2017): without trained
-    statistics the sum of the branches would grow with every block.
+    Two 3 x 3 convolutions, or as a bottleneck 1 x 1, 3 x 3 and 1 x 1; a convolution on the shortcut
+    where the shape changes. A branch starts at zero (the scale of its last normalisation; Goyal and
+    others 2017): without trained statistics the sum of the branches would grow with every block.
     """
 
     channels: int
@@ -33,10 +35,20 @@ class Block(nn.Module):
         # kernel size, stride and channels of each convolution
         plan = [(3, self.stride, self.channels), (3, 1, self.channels)]
         if self.bottleneck:
-            plan = [(1, 1, self.channels), (3, self.stride, self.channels), (1, 1, 4 * self.channels)]
+            plan = [
+                (1, 1, self.channels),
+                (3, self.stride, self.channels),
+                (1, 1, 4 * self.channels),
+            ]
         y = x
         for number, (kernel, stride, channels) in enumerate(plan, start=1):
-            y = conv(channels, (kernel, kernel), strides=stride, padding=kernel // 2, name=f"conv{number}")(y)
+            y = conv(
+                channels,
+                (kernel, kernel),
+                strides=stride,
+                padding=kernel // 2,
+                name=f"conv{number}",
+            )(y)
             if number < len(plan):
                 y = nn.relu(norm(name=f"bn{number}")(y))
         y = norm(scale_init=nn.initializers.zeros, name=f"bn{len(plan)}")(y)
@@ -47,10 +59,11 @@ class Block(nn.Module):
 
 
 class ImageNetResNet(nn.Module):
-    """Four stages of blocks with 64, 128, 256 and 512 channels: (batch, h, w, 3) -> (batch, num_classes).
+    """Four stages of blocks with 64, 128, 256 and 512 channels: (batch, h, w, 3) -> (batch,
+    num_classes).
 
-    11,689,512 weights at depth 18, 25,557,032 at depth 50. `use_running_average` as in `benchmarks.models.resnet`.
-    """
+    11,689,512 weights at depth 18, 25,557,032 at depth 50. `use_running_average` as in
+    `benchmarks.models.resnet`."""
 
     depth: int = 50
     num_classes: int = 1000

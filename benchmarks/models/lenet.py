@@ -5,11 +5,11 @@ import jax
 
 
 class LeNet5(nn.Module):
-    """Two 5 x 5 convolutions without padding, each with a pool, and three dense layers: images -> (batch, num_classes).
+    """Two 5 x 5 convolutions without padding, each with a pool, and three dense layers: images ->
+    (batch, num_classes).
 
-    ReLU and maxima take the place of the original's sigmoids and averages. 28 x 28 images are padded to the 32 x 32
-    that it was made for.
-    """
+    ReLU and maxima take the place of the original's sigmoids and averages. 28 x 28 images are
+    padded to the 32 x 32 that it was made for."""
 
     num_classes: int = 10
 

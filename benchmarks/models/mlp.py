@@ -9,8 +9,8 @@ import jax
 class MLP(nn.Module):
     """Dense layers of the given widths (the last is the number of outputs) with ReLU between them.
 
-    Maps (batch, ...) to (batch, widths[-1]); images are flattened. With `normalise`, BatchNorm goes before each ReLU.
-    """
+    Maps (batch, ...) to (batch, widths[-1]); images are flattened. With `normalise`, BatchNorm goes
+    before each ReLU."""
 
     widths: Sequence[int]
     normalise: bool = False

@@ -1,7 +1,7 @@
 """The CIFAR ResNet of He and others (2016), any part of it left out at will.
 
-Submodules bear PyTorch's names (`layer1.0.conv1` is `layer1_0/conv1`), so that reading weights is a renaming.
-"""
+Submodules bear PyTorch's names (`layer1.0.conv1` is `layer1_0/conv1`), so that reading weights is a
+renaming."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,12 +17,14 @@ from benchmarks.models.weights import load_weights as load_weights
 CHANNEL_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 CHANNEL_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
-# Padding 1 and not "SAME": at stride 2 "SAME" pads only the far side, and the trained filters would see shifted images.
+# Padding 1 and not "SAME": at stride 2 "SAME" pads only the far side, and the trained filters would
+# see shifted images.
 convolution = partial(nn.Conv, kernel_size=(3, 3), padding=1)
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut: (batch, h, w, c) -> (batch, h / stride, w / stride, channels).
+    """Two convolutions beside a shortcut: (batch, h, w, c) -> (batch, h / stride, w / stride,
+    channels).
 
     `branch_variance` scales the variance of the second convolution's first weights.
     """
@@ -43,7 +45,8 @@ class Block(nn.Module):
         y = norm(name="bn2")(y)
         if not self.shortcut:
             return nn.relu(y)
-        # The shortcut without weights (option A of the paper): subsample, and fill the new channels with zeros.
+        # The shortcut without weights (option A of the paper): subsample, and fill the new channels
+        # with zeros.
         shortcut = x[:, :: self.stride, :: self.stride]
         added = self.channels - x.shape[-1]
         shortcut = jnp.pad(shortcut, [(0, 0), (0, 0), (0, 0), (added // 2, added - added // 2)])
@@ -51,14 +54,16 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three stages of (depth - 2) / 6 blocks with 1, 2 and 4 times `width` channels: images -> (batch, num_classes).
+    """Three stages of (depth - 2) / 6 blocks with 1, 2 and 4 times `width` channels: images ->
+    (batch, num_classes).
 
-    `use_running_average` normalises by the stored statistics (collection `batch_stats`): each example's loss is
-    then its own. Otherwise by the batch's, and the mean over batches is no mean over examples.
+    `use_running_average` normalises by the stored statistics (collection `batch_stats`): each
+    example's loss is then its own. Otherwise by the batch's, and the mean over batches is no mean
+    over examples.
 
-    Without normalisation the convolutions have biases, and every residual branch starts with 1 / (number of blocks) of
-    its variance: the sum of the branches then starts as large as the input, however deep the network is.
-    """
+    Without normalisation the convolutions have biases, and every residual branch starts with 1 /
+    (number of blocks) of its variance: the sum of the branches then starts as large as the input,
+    however deep the network is."""
 
     depth: int = 20
     num_classes: int = 10
@@ -69,9 +74,13 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool = True) -> jax.Array:
         if self.depth < 8 or (self.depth - 2) % 6:
-            raise ValueError(f"depth={self.depth}: a CIFAR ResNet has 6 n + 2 layers (8, 14, 20, 26, 32, ...)")
+            raise ValueError(
+                f"depth={self.depth}: a CIFAR ResNet has 6 n + 2 layers (8, 14, 20, 26, 32, ...)"
+            )
         blocks = (self.depth - 2) // 6
-        x = convolution(self.width, use_bias=not self.normalise, kernel_init=_he(1.0), name="conv1")(x)
+        x = convolution(
+            self.width, use_bias=not self.normalise, kernel_init=_he(1.0), name="conv1"
+        )(x)
         x = nn.relu(_norm(self.normalise, use_running_average)(name="bn1")(x))
         branch_variance = 1 / (3 * blocks) if self.shortcuts and not self.normalise else 1.0
         for stage in (1, 2, 3):

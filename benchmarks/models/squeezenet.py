@@ -1,4 +1,5 @@
-"""SqueezeNet 1.1 (Iandola and others 2016), for weights trained on ImageNet; submodules bear the weights' names."""
+"""SqueezeNet 1.1 (Iandola and others 2016), for weights trained on ImageNet; submodules bear the
+weights' names."""
 
 import flax.linen as nn
 import jax
@@ -8,12 +9,22 @@ import numpy as np
 CHANNEL_MEAN = np.array([104, 117, 123], np.float32)  # blue, green, red
 
 # (width of the squeeze, width of each of the two expansions), by the number in the layer's name
-FIRES = {2: (16, 64), 3: (16, 64), 4: (32, 128), 5: (32, 128), 6: (48, 192), 7: (48, 192), 8: (64, 256), 9: (64, 256)}
+FIRES = {
+    2: (16, 64),
+    3: (16, 64),
+    4: (32, 128),
+    5: (32, 128),
+    6: (48, 192),
+    7: (48, 192),
+    8: (64, 256),
+    9: (64, 256),
+}
 POOLED = (3, 5)  # the layers that a pool follows
 
 
 class Fire(nn.Module):
-    """A 1 x 1 convolution to few channels, then 1 x 1 and 3 x 3 ones side by side: (..., c) -> (..., 2 expanded)."""
+    """A 1 x 1 convolution to few channels, then 1 x 1 and 3 x 3 ones side by side: (..., c) ->
+    (..., 2 expanded)."""
 
     squeezed: int
     expanded: int
@@ -27,7 +38,8 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """Convolutions with biases and no normalisation, 1,235,496 weights: (batch, h, w, 3) -> (batch, num_classes)."""
+    """Convolutions with biases and no normalisation, 1,235,496 weights: (batch, h, w, 3) -> (batch,
+    num_classes)."""
 
     num_classes: int = 1000
 
@@ -43,10 +55,12 @@ class SqueezeNet(nn.Module):
 
 
 def _pool(x: jax.Array) -> jax.Array:
-    """Maxima of 3 x 3 at stride 2, the last window reaching over the far side: the number of them is rounded up."""
+    """Maxima of 3 x 3 at stride 2, the last window reaching over the far side: the number of them
+    is rounded up."""
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
 
 
 def normalise(images: jax.Array) -> jax.Array:
-    """Images (..., 3), red green blue of 0 to 255, as the float32 inputs the trained weights expect."""
+    """Images (..., 3), red green blue of 0 to 255, as the float32 inputs the trained weights
+    expect."""
     return jnp.asarray(images, jnp.float32)[..., ::-1] - CHANNEL_MEAN

@@ -26,10 +26,10 @@ class Block(nn.Module):
 class StackedGPT(nn.Module):
     """Pre-norm transformer: tokens (batch, length) -> logits (batch, length, vocab_size).
 
-    The layers are stacked and scanned, so that the program does not grow with them, and rematerialised. Each gathers
-    its own weights from the mesh, just before it uses them. Left to itself, XLA would now and then rather send the
-    activations: with sharded weights and sharded batches somebody has to say which of them travel.
-    """
+    The layers are stacked and scanned, so that the program does not grow with them, and
+    rematerialised. Each gathers its own weights from the mesh, just before it uses them. Left to
+    itself, XLA would now and then rather send the activations: with sharded weights and sharded
+    batches somebody has to say which of them travel."""
 
     mesh: Mesh
     vocab_size: int
@@ -44,7 +44,9 @@ class StackedGPT(nn.Module):
         x = embed(self.vocab_size, self.width, name="tokens")(tokens)
         x += embed(self.max_length, self.width, name="positions")(jnp.arange(tokens.shape[1]))
         layer = nn.remat(self._gathered(Block), prevent_cse=False)
-        layers = nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        layers = nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+        )
         x, _ = layers(self.width, self.num_heads, name="blocks")(x, None)
         head = self._gathered(nn.Dense)(self.vocab_size, use_bias=False, name="head")
         return head(nn.LayerNorm(name="norm")(x))
@@ -54,6 +56,8 @@ class StackedGPT(nn.Module):
         everywhere = NamedSharding(self.mesh, PartitionSpec())
 
         def gather(weights: Any) -> Any:
-            return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), weights)
+            return jax.tree.map(
+                lambda leaf: jax.lax.with_sharding_constraint(leaf, everywhere), weights
+            )
 
         return nn.map_variables(module, "params", trans_in_fn=gather, init=True)

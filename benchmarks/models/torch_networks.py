@@ -1,4 +1,5 @@
-"""SqueezeNet 1.1 and ResNet-50 in PyTorch, for comparisons: the same networks and the same names of weights.
+"""SqueezeNet 1.1 and ResNet-50 in PyTorch, for comparisons: the same networks and the same names of
+weights.
 
 Nothing else here imports PyTorch; whoever wants it imports this module inside a function.
 """
@@ -64,7 +65,9 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(outputs)
         self.downsample = None
         if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = functional.relu(self.bn1(self.conv1(x)))

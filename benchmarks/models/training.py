@@ -36,17 +36,19 @@ def train(
     checkpoints: Collection[int] = (),
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Iterator[Checkpoint]:
-    """SGD with momentum on the mean cross-entropy + weight_decay x half the squared kernels; yields the checkpoints.
+    """SGD with momentum on the mean cross-entropy + weight_decay x half the squared kernels; yields
+    the checkpoints.
 
-    An epoch goes through all whole batches in an order of its own. A model with `batch_stats` is called with
-    `use_running_average`, and normalises in training by
+    An epoch goes through all whole batches in an order of its own. A model with `batch_stats` is
+    called with `use_running_average`, and normalises in training by
 
-    - `statistics="batch"`: the batch's statistics, differentiated through, as usual; the running averages are kept.
-    - `statistics="population"`: those of all the inputs, constants for the gradient, taken anew before every
-      `refresh_every`-th step and at each checkpoint.
+    - `statistics="batch"`: the batch's statistics, differentiated through, as usual; the running
+      averages are kept.
+    - `statistics="population"`: those of all the inputs, constants for the gradient, taken anew
+      before every `refresh_every`-th step and at each checkpoint.
 
-    The loop over steps is the host's: on a CPU, XLA runs the backward pass of a convolution some thirty times slower
-    inside a loop of its own.
+    The loop over steps is the host's: on a CPU, XLA runs the backward pass of a convolution some
+    thirty times slower inside a loop of its own.
 
     Args:
       model: a linen module, inputs -> logits.
@@ -74,7 +76,9 @@ def train(
     per_epoch = len(inputs) // batch_size
     order: Any = None
     for step in range(num_steps + 1):
-        refresh = population and (step % refresh_every == 0 or step in checkpoints or step == num_steps)
+        refresh = population and (
+            step % refresh_every == 0 or step in checkpoints or step == num_steps
+        )
         if refresh:
             variables = population_statistics(model, variables, inputs)
         if step in checkpoints or step == num_steps:
@@ -82,7 +86,9 @@ def train(
         if step == num_steps:
             return
         if step % per_epoch == 0:
-            order = np.asarray(jax.random.permutation(jax.random.fold_in(order_key, step), len(inputs)))
+            order = np.asarray(
+                jax.random.permutation(jax.random.fold_in(order_key, step), len(inputs))
+            )
         chosen = order[step % per_epoch * batch_size :][:batch_size]
         batch = inputs[chosen], labels[chosen]
         variables, state = update(variables, state, batch, jax.random.fold_in(augment_key, step))
@@ -104,16 +110,24 @@ def _update(
         inputs = augment(key, inputs)
 
     def loss(params: Any) -> tuple[jax.Array, Variables]:
-        logits, written = _forward(model, {**variables, "params": params}, inputs, train=not population)
+        logits, written = _forward(
+            model, {**variables, "params": params}, inputs, train=not population
+        )
         error = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return error + weight_decay * half_squared_kernels(params), written
 
     gradient, written = jax.grad(loss, has_aux=True)(variables["params"])
     updates, state = optimizer.update(gradient, state, variables["params"])
-    return {**variables, **written, "params": optax.apply_updates(variables["params"], updates)}, state
+    return {
+        **variables,
+        **written,
+        "params": optax.apply_updates(variables["params"], updates),
+    }, state
 
 
-def _forward(model: nn.Module, variables: Variables, inputs: jax.Array, train: bool) -> tuple[jax.Array, Variables]:
+def _forward(
+    model: nn.Module, variables: Variables, inputs: jax.Array, train: bool
+) -> tuple[jax.Array, Variables]:
     """Logits, and the collections that the call wrote."""
     if "batch_stats" not in variables:
         return model.apply(variables, inputs), {}
@@ -123,38 +137,51 @@ def _forward(model: nn.Module, variables: Variables, inputs: jax.Array, train: b
 
 
 def half_squared_kernels(params: Any) -> jax.Array:
-    """Half the sum of squares of all kernels: neither biases nor the parameters of normalisation layers decay."""
+    """Half the sum of squares of all kernels: neither biases nor the parameters of normalisation
+    layers decay."""
     kernels = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
     return 0.5 * sum(jnp.sum(kernel**2) for kernel in kernels)
 
 
 @partial(jax.jit, static_argnames="model")
 def population_statistics(model: nn.Module, variables: Variables, inputs: jax.Array) -> Variables:
-    """The variables with the statistics of all `inputs`, every layer's under the normalisation of those before it.
+    """The variables with the statistics of all `inputs`, every layer's under the normalisation of
+    those before it.
 
-    All inputs are one batch: no average of batches' statistics has the means and the variances of the whole. That
-    takes the memory of one layer's outputs for all of them.
-    """
+    All inputs are one batch: no average of batches' statistics has the means and the variances of
+    the whole. That takes the memory of one layer's outputs for all of them."""
     momentum = 0.9  # of the models' BatchNorm: new = momentum x old + (1 - momentum) x the batch's
     _, written = model.apply(variables, inputs, use_running_average=False, mutable=["batch_stats"])
     old, new = variables["batch_stats"], written["batch_stats"]
-    return {**variables, "batch_stats": jax.tree.map(lambda a, b: (b - momentum * a) / (1 - momentum), old, new)}
+    return {
+        **variables,
+        "batch_stats": jax.tree.map(lambda a, b: (b - momentum * a) / (1 - momentum), old, new),
+    }
 
 
-def accuracy(model: nn.Module, variables: Variables, arrays: tuple[Any, Any], batch_size: int = 500) -> float:
+def accuracy(
+    model: nn.Module, variables: Variables, arrays: tuple[Any, Any], batch_size: int = 500
+) -> float:
     """Share of the examples classified right, by the stored statistics where there are any."""
     inputs, labels = arrays
     batches = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
-    return sum(int(_num_right(model, variables, inputs[rows], labels[rows])) for rows in batches) / len(inputs)
+    return sum(
+        int(_num_right(model, variables, inputs[rows], labels[rows])) for rows in batches
+    ) / len(inputs)
 
 
 @partial(jax.jit, static_argnames="model")
-def _num_right(model: nn.Module, variables: Variables, inputs: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.argmax(_forward(model, variables, inputs, train=False)[0], axis=-1) == labels)
+def _num_right(
+    model: nn.Module, variables: Variables, inputs: jax.Array, labels: jax.Array
+) -> jax.Array:
+    return jnp.sum(
+        jnp.argmax(_forward(model, variables, inputs, train=False)[0], axis=-1) == labels
+    )
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """CIFAR's usual augmentation: each image moved by up to 4 pixels, zeros moving in, and mirrored or not."""
+    """CIFAR's usual augmentation: each image moved by up to 4 pixels, zeros moving in, and mirrored
+    or not."""
     count, height, width, channels = images.shape
     crop_key, flip_key = jax.random.split(key)
     padded = jnp.pad(images, [(0, 0), (4, 4), (4, 4), (0, 0)])

@@ -7,11 +7,12 @@ LAYERS = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512,
 
 
 class VGG11(nn.Module):
-    """Eight 3 x 3 convolutions with biases, five pools, two dense layers: (batch, 32, 32, 3) -> (batch, num_classes).
+    """Eight 3 x 3 convolutions with biases, five pools, two dense layers: (batch, 32, 32, 3) ->
+    (batch, num_classes).
 
-    As there, the convolutions keep their biases where BatchNorm follows, which takes them out again: a direction each
-    in which the loss is flat, with the batch's statistics. Their dropout is left out.
-    """
+    As there, the convolutions keep their biases where BatchNorm follows, which takes them out
+    again: a direction each in which the loss is flat, with the batch's statistics. Their dropout is
+    left out."""
 
     num_classes: int = 10
     normalise: bool = False

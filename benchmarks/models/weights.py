@@ -1,4 +1,5 @@
-"""Weights trained in PyTorch as Flax variables. Submodules bear PyTorch's names, so that reading them is a renaming."""
+"""Weights trained in PyTorch as Flax variables. Submodules bear PyTorch's names, so that reading
+them is a renaming."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from flax.traverse_util import unflatten_dict
 
 
 def from_torch(state: Mapping[str, np.ndarray]) -> dict:
-    """Variables {"params": ..., "batch_stats": ...} from a state dict in PyTorch's names and layouts.
+    """Variables {"params": ..., "batch_stats": ...} from a state dict in PyTorch's names and
+    layouts.
 
     A number in a name is joined to what is before it: `layer1.0.downsample.1.bias` becomes
     `layer1_0/downsample_1/bias`.
@@ -39,18 +41,23 @@ def from_torch(state: Mapping[str, np.ndarray]) -> dict:
 
 
 def load_weights(path: str | PathLike) -> dict:
-    """Trained variables {"params": ..., "batch_stats": ...} from a safetensors file in PyTorch's names and layouts."""
+    """Trained variables {"params": ..., "batch_stats": ...} from a safetensors file in PyTorch's
+    names and layouts."""
     from safetensors.numpy import load_file
 
     return from_torch(load_file(path))
 
 
 def check_fit(variables: Mapping, expected: Mapping) -> None:
-    """Refuse weights of another network than the one whose variables, or their shapes, are `expected`."""
+    """Refuse weights of another network than the one whose variables, or their shapes, are
+    `expected`."""
 
     def shapes(tree: Mapping) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree.leaves_with_path(dict(tree))
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
 
     given, wanted = shapes(variables), shapes(expected)
     wrong = [
@@ -60,6 +67,7 @@ def check_fit(variables: Mapping, expected: Mapping) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"the weights are another network's, {len(wrong)} arrays do not fit: {'; '.join(wrong[:3])}. Give the "
-            "file of this network, or name the network that the file was made for."
+            f"the weights are another network's, {len(wrong)} arrays do not fit: "
+            f"{'; '.join(wrong[:3])}. Give the file of this network, or name the network that the "
+            "file was made for."
         )

@@ -1,0 +1,1 @@
+"""One pass over batches: re-iterable data, placement on the mesh, agreement between processes."""

@@ -1,0 +1,1 @@
+"""One file for each public call, named as the call."""

@@ -1,0 +1,1 @@
+"""The two Lanczos engines, by reverse communication."""

@@ -1,0 +1,1 @@
+"""Symmetric operators: ``operator @ block``, and nothing else."""

@@ -1,0 +1,189 @@
+"""Draw a spectral density on a matplotlib Axes. Nothing is computed here, shown or saved."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.ticker import SymmetricalLogLocator
+
+from hessdensity.spectra.density import SpectralDensity
+
+XScale = Literal["linear", "symlog"]
+
+
+def plot_density(
+    density: SpectralDensity,
+    ax: Axes | None = None,
+    *,
+    bandwidth: float | None = None,
+    label: str | None = None,
+    x_scale: XScale = "linear",
+    band: bool = True,
+    eigenvalues: Any = None,
+    outliers: bool = True,
+    **line_options: Any,
+) -> Axes:
+    """The smoothed density on a logarithmic axis, with the band of its error bars; outliers stay
+    visible.
+
+    Args: density: what to draw. Several on one Axes: call again with the same ``ax`` and another
+      ``label``. ax: where (default: a new figure). bandwidth: standard deviation of the smoothing,
+      in eigenvalue units (default: ``density.bandwidth``). It is
+        written into the legend: a density without it means nothing.
+      label: name in the legend. x_scale: ``"symlog"`` opens up the bulk around zero and shows
+      outliers of both signs beside it. band: shade the interval of ``density.pdf``. eigenvalues:
+      exact ones (n,), if known: drawn under the curve, smoothed alike, with a tick for each.
+      outliers: mark ``density.outliers``, the eigenvalues that deflation found, along the top.
+      line_options: for ``Axes.plot``: ``color``, ``linestyle``, ``linewidth``.
+
+    Returns:
+      The Axes.
+    """
+    ax = _axes(ax, x_scale)
+    before = (ax.get_xlim(), ax.get_ylim()) if ax.has_data() else None
+    width = density.bandwidth if bandwidth is None else bandwidth
+    x = _grid(density, width, x_scale)
+    # A Gaussian's tail says nothing below one eigenvalue's own peak, times a little: the axis ends
+    # there.
+    floor = 0.05 / (density.dimension * width * np.sqrt(2 * np.pi))
+    if eigenvalues is not None:
+        _plot_exact(ax, np.asarray(eigenvalues, float), x, width)
+    estimate = density.pdf(x, width)
+    name = f"{label}, " if label else ""
+    (line,) = ax.plot(
+        x, estimate, label=f"{name}bandwidth {width:.2g}", **{"linewidth": 1.2, **line_options}
+    )
+    if band:
+        ax.fill_between(
+            x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0
+        )
+    found = density.outliers[:, 0] if outliers else np.zeros(0)
+    if found.size:
+        (marks,) = ax.plot(
+            found, np.full(found.size, 0.98), "v", color=line.get_color(), markersize=4, alpha=0.6
+        )
+        marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues found")
+    ax.set_yscale("log")
+    low, high = floor, 2 * float(np.max(estimate))
+    left, right = x[0], x[-1]
+    if before:
+        (first, last), (bottom, top) = before
+        left, right, high = min(left, first), max(right, last), max(high, top)
+        low = (
+            min(low, bottom) if bottom > 0 else low
+        )  # what was there may have been drawn on a linear axis
+    ax.set_xlim(left, right)
+    ax.set_ylim(low, high)
+    ax.set_ylabel(
+        "share of the squared norm (1 / eigenvalue)"
+        if density.given
+        else "spectral density (1 / eigenvalue)"
+    )
+    return _finish(ax, x_scale, width)
+
+
+def plot_cumulative(
+    density: SpectralDensity,
+    ax: Axes | None = None,
+    *,
+    label: str | None = None,
+    x_scale: XScale = "linear",
+    band: bool = True,
+    eigenvalues: Any = None,
+    **line_options: Any,
+) -> Axes:
+    """The share of eigenvalues up to x: a step function, free of any bandwidth. Arguments as for
+    `plot_density`."""
+    ax = _axes(ax, x_scale)
+    nodes, linear_within = np.unique(density.nodes), 1e-3 * max(map(abs, density.extent)) or 1.0
+    margin = linear_within if x_scale == "symlog" else 20 * linear_within
+    x = np.concatenate([[nodes[0] - margin], nodes, [nodes[-1] + margin]])
+    if eigenvalues is not None:
+        exact = np.sort(np.asarray(eigenvalues, float))
+        ax.step(
+            exact,
+            np.arange(1, exact.size + 1) / exact.size,
+            where="post",
+            color="0.6",
+            linewidth=2.5,
+            label="exact",
+            zorder=0.9,
+        )
+    estimate = density.cdf(x)
+    (line,) = ax.step(
+        x, estimate, where="post", label=label or "estimate", **{"linewidth": 1.2, **line_options}
+    )
+    if band:
+        ax.fill_between(
+            x,
+            estimate.lower,
+            estimate.upper,
+            step="post",
+            color=line.get_color(),
+            alpha=0.25,
+            linewidth=0,
+        )
+    ax.set_ylabel("share of eigenvalues up to x")
+    return _finish(ax, x_scale, linear_within)
+
+
+def formats() -> list[str]:
+    """The file suffixes that matplotlib can save a figure as."""
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
+def _axes(ax: Axes | None, x_scale: XScale) -> Axes:
+    if x_scale not in ("linear", "symlog"):
+        raise ValueError(f"x_scale={x_scale!r}, expected 'linear' or 'symlog'.")
+    return ax if ax is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
+
+
+def _grid(density: SpectralDensity, width: float, x_scale: XScale) -> np.ndarray:
+    """Where to evaluate: fine enough for the bandwidth, and finer around every node."""
+    low, high = density.extent
+    stretch = 0.4 if x_scale == "symlog" else 0.0
+    margin = 6 * width if x_scale == "symlog" else max(6 * width, 0.03 * (high - low))
+    low, high = low - margin - stretch * abs(low), high + margin + stretch * abs(high)
+    even = np.linspace(low, high, 2000)
+    peaks = (np.unique(density.nodes)[:, None] + width * np.linspace(-5, 5, 31)).ravel()
+    near_zero = (
+        np.geomspace(width / 10, max(abs(low), abs(high)), 400)
+        if x_scale == "symlog"
+        else np.zeros(0)
+    )
+    x = np.unique(np.concatenate([even, peaks, near_zero, -near_zero]))
+    return x[(x >= low) & (x <= high)]
+
+
+def _plot_exact(ax: Axes, eigenvalues: np.ndarray, x: np.ndarray, width: float) -> None:
+    exact = np.zeros_like(x)
+    for part in np.array_split(eigenvalues, max(eigenvalues.size // 500, 1)):
+        exact += np.exp(-0.5 * ((x[:, None] - part) / width) ** 2).sum(1)
+    exact /= eigenvalues.size * width * np.sqrt(2 * np.pi)
+    # Below the band, which would be hidden otherwise.
+    ax.plot(x, exact, color="0.6", linewidth=3.5, label="exact, same bandwidth", zorder=0.9)
+    ticks = np.full(eigenvalues.shape, 0.02)
+    ax.plot(
+        eigenvalues,
+        ticks,
+        "|",
+        color="0.35",
+        markersize=6,
+        transform=ax.get_xaxis_transform(),
+        label="eigenvalues",
+    )
+
+
+def _finish(ax: Axes, x_scale: XScale, linear_within: float) -> Axes:
+    if x_scale == "symlog":
+        ax.set_xscale("symlog", linthresh=linear_within, linscale=0.6)
+        ax.xaxis.set_major_locator(
+            SymmetricalLogLocator(base=10, linthresh=10 ** np.ceil(np.log10(linear_within)))
+        )
+    ax.set_xlabel("eigenvalue")
+    ax.legend(frameon=False)
+    return ax

@@ -1,0 +1,1 @@
+"""The life of a long computation: plan, memory, steps on disk, progress, failures."""

@@ -1,0 +1,123 @@
+"""A running computation on disk: what each step added, in a folder of its own, and never written
+again (Orbax).
+
+A step appears whole or not at all, whatever ends the process, so that the steps on disk are always
+the first so many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+_VECTORS, _SCALARS = "vectors", "scalars"
+_PREFIX = "step"
+
+
+class Journal:
+    """The steps of one computation, in a folder.
+
+    Saving is asynchronous: `append` returns when the arrays have left the device, and waits only
+    for the step before. In several processes every one calls every method, and the folder must be
+    on a file system that all of them see; each writes the shards that it holds. Steps are read back
+    in any other sharding.
+
+    Args:
+      path: the folder; made where there is none. With a scheme (``gs://...``) whatever Orbax takes.
+
+    Raises:
+      ValueError: the folder holds other things than such steps, or not the first so many.
+      RuntimeError (from all that writes): a step cannot be written.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        folder = epath.Path(path if "://" in str(path) else Path(path).absolute())
+        _refuse_other(folder, path)
+        options = ocp.CheckpointManagerOptions(
+            step_prefix=_PREFIX,
+            step_format_fixed_length=6,
+            cleanup_tmp_directories=True,
+            max_to_keep=None,
+        )
+        self._ocp, self._path = ocp, str(path)
+        self._manager = ocp.CheckpointManager(
+            folder, options=options, item_names=(_VECTORS, _SCALARS)
+        )
+        steps = sorted(self._manager.all_steps())
+        if steps != list(range(len(steps))):
+            missing = min(set(range(len(steps))) - set(steps))
+            raise ValueError(
+                f"checkpoint={str(path)!r}: step {missing} of {steps[-1] + 1} is missing. Put it "
+                "back, or delete the steps after it: the run goes on from there."
+            )
+        self.length = len(steps)
+        """How many steps are on disk, or on their way there."""
+
+    def scalars(self, step: int) -> dict[str, Any]:
+        """The scalars of a step, from 0 on."""
+        return self._restore(step, _SCALARS, self._ocp.args.JsonRestore())
+
+    def vectors(self, step: int, like: PyTree) -> PyTree:
+        """The vectors of a step, from 0 on, with the shapes, dtypes and shardings of ``like``."""
+        found = self._restore(step, _VECTORS, self._ocp.args.StandardRestore(_numbered(like)))
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [found[name] for name in _numbered(like)]
+        )
+
+    def _restore(self, step: int, name: str, args: Any) -> Any:
+        return self._manager.restore(step, args=self._ocp.args.Composite(**{name: args}))[name]
+
+    def append(self, vectors: PyTree, scalars: dict[str, Any]) -> None:
+        """One more step: a pytree of arrays, or None, and what JSON takes."""
+        args = {_SCALARS: self._ocp.args.JsonSave(scalars)}
+        if vectors is not None:
+            args[_VECTORS] = self._ocp.args.StandardSave(_numbered(vectors))
+        with self._writing():
+            self._manager.save(self.length, args=self._ocp.args.Composite(**args))
+        self.length += 1
+
+    def finish(self) -> None:
+        """Wait until all is on disk."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """`finish`, and let go of the folder."""
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's errors are ValueErrors
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"checkpoint={self._path!r} cannot be written ({reason}). The steps before are "
+                "there: make room, and call again."
+            ) from error
+
+
+def _numbered(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their number: a tree that Orbax knows, whatever the nodes of this one are."""
+    return {f"{index:06}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _refuse_other(folder: Any, path: str | Path) -> None:
+    expected = "expected a folder of its own: one that is empty or not there yet, or the checkpoint to go on from."
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r} is a file; {expected}")
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    strange = [name for name in names if not name.startswith(f"{_PREFIX}_")]
+    if strange:
+        raise ValueError(
+            f"checkpoint={str(path)!r} holds {strange[0]!r}, which is no step of a run; {expected}"
+        )

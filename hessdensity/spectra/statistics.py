@@ -1,0 +1,171 @@
+"""What random probes tell of a spectrum, and how far to trust it: the statistics behind
+`SpectralDensity`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .estimate import BoundedEstimate, Estimate, positive_interval, share_interval
+from .quadrature import Rule, cumulative, cumulative_bounds
+
+Values = Callable[[np.ndarray], np.ndarray]
+"""Several functions as one, from nodes (j,) to (j, number of functions)."""
+
+
+class Probes:
+    """Rules as the mean of k independent measurements of one spectrum of n eigenvalues.
+
+    Of each rule the deflated part is certain, and N = n - num_deflated dimensions are left to its
+    probe, uniform on their sphere: the mean of f over the probe's part has variance 2/(N + 2) x
+    (mean f^2 - (mean f)^2), and a share F follows a Beta law.
+
+    Args:
+      rules: one a probe, not necessarily with equally many deflated nodes.
+      dimension: n.
+      given: the rules are those of given vectors: there is no randomness.
+    """
+
+    def __init__(self, rules: tuple[Rule, ...], dimension: int, given: bool) -> None:
+        left = np.array([dimension - rule.num_deflated for rule in rules], float)
+        self._rules = rules
+        self._each = left / dimension
+        """Share of the dimensions that each rule leaves to its probe."""
+        self._part = float(self._each.mean())
+        """The same, of all rules."""
+        # For the mean of the probes' parts, weighted by their shares: 2/freedom of the variance
+        # over the spectrum is that of the mean, and 2/(freedom - 2) of the variance within the
+        # rules estimates it without bias, since they scatter around their own mean. For equal rules
+        # k (N + 2).
+        squares = np.sum(self._each**2 / (left + 2))
+        self._freedom = np.inf if given or not squares else float(self._each.sum() ** 2 / squares)
+        self._dimension = max(float(left.mean()), 1.0)
+        self._coupled = float(np.mean([rule.coupling > 0 for rule in rules])) / dimension
+        """How far the cumulative may be off for the couplings left out."""
+
+    def _deflated(self, values: Values) -> np.ndarray:
+        """Sum over the deflated parts, which is certain."""
+        counts = [rule.num_deflated for rule in self._rules]
+        pairs = zip(self._rules, counts, strict=True)
+        return np.mean(
+            [(rule.weights[:c, None] * values(rule.nodes[:c])).sum(0) for rule, c in pairs], axis=0
+        )
+
+    def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(nodes, weights of sum 1) of each probe's Gauss rule; a weight of 0 where no dimension is
+        left to it."""
+        parts = []
+        for rule in self._rules:
+            nodes, weights = rule.nodes[rule.num_deflated :], rule.weights[rule.num_deflated :]
+            parts.append(
+                (nodes, weights / weights.sum()) if nodes.size else (np.zeros(1), np.zeros(1))
+            )
+        return parts
+
+    def _mean(self, parts: list[Any]) -> np.ndarray:
+        """Mean over the probes of what each says of its own part, weighted by their shares."""
+        weights = self._each / (self._each.sum() or 1)
+        return np.tensordot(weights, np.stack(parts), axes=1)
+
+    def expectations(self, values: Values) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(value, standard error, lower, upper) of the means of several functions, the bounds if
+        they are >= 0."""
+        parts = [(values(nodes), weights[:, None]) for nodes, weights in self._parts()]
+        mean = self._mean([(weights * f).sum(0) for f, weights in parts])
+        # Around the pooled mean and not as mean f^2 - (mean f)^2, which cancels when f is far from
+        # zero.
+        spread = self._mean([(weights * (f - mean) ** 2).sum(0) for f, weights in parts])
+        error = np.sqrt(2 * spread / max(self._freedom - 2, 1))
+        bounds = (mean, mean)
+        if np.isfinite(self._freedom):
+            bounds = positive_interval(mean, error, self._freedom, self._dimension)
+        deflated = self._deflated(values)
+        value, lower, upper = (deflated + self._part * part for part in (mean, *bounds))
+        return value, self._part * error, lower, upper
+
+    def signed_expectation(self, values: Values) -> Estimate:
+        """The mean of one function of any sign."""
+        value, error, *_ = self.expectations(values)
+        # A signed function is two non-negative ones: the upper end of one goes with the lower end
+        # of the other.
+        _, _, gain_low, gain_high = self.expectations(lambda nodes: np.maximum(values(nodes), 0))
+        _, _, loss_low, loss_high = self.expectations(lambda nodes: np.maximum(-values(nodes), 0))
+        return Estimate(
+            *(float(part[0]) for part in (value, error, gain_low - loss_high, gain_high - loss_low))
+        )
+
+    def share(
+        self, low: Any, high: Any, enclosure: tuple[float, float] = (-np.inf, np.inf)
+    ) -> BoundedEstimate:
+        """Share of the eigenvalues in [low, high], arrays of one shape, with every error."""
+        low, high = np.broadcast_arrays(np.asarray(low, float), np.asarray(high, float))
+        # Nothing lies beyond the enclosure: an end there may as well be infinite.
+        low = np.where(low <= enclosure[0], -np.inf, np.where(low > enclosure[1], np.inf, low))
+        high = np.where(high >= enclosure[1], np.inf, np.where(high < enclosure[0], -np.inf, high))
+        seen, least, most = (
+            self._mean(list(shares)) for shares in zip(*self._gauss_shares(low, high), strict=True)
+        )
+        sure, sure_least, sure_most = (
+            np.mean(s, axis=0) for s in zip(*self._ritz_shares(low, high), strict=True)
+        )
+        coupling = self._coupled * (np.isfinite(low).astype(float) + np.isfinite(high))
+        error = self._part * np.sqrt(2 * seen * np.maximum(1 - seen, 0) / max(self._freedom - 2, 1))
+        probes = tuple(sure + self._part * end for end in self._interval(seen, seen))
+        quadrature = sure_least + self._part * least, sure_most + self._part * most
+        ends = self._interval(least, most)
+        lower = np.clip(sure_least + self._part * ends[0] - coupling, 0, 1)
+        upper = np.clip(sure_most + self._part * ends[1] + coupling, 0, 1)
+        return BoundedEstimate(
+            sure + self._part * seen, error, lower, upper, quadrature, coupling, probes
+        )
+
+    def _gauss_shares(
+        self, low: np.ndarray, high: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(value, least, most) of each probe's part in [low, high]."""
+        for rule, (nodes, weights) in zip(self._rules, self._parts(), strict=True):
+            inner, outer = _widened(low, high, rule)
+            value = cumulative(nodes, weights, high) - cumulative(
+                nodes, weights, np.nextafter(low, -np.inf)
+            )
+            least = (
+                cumulative_bounds(nodes, weights, inner[1])[0]
+                - cumulative_bounds(nodes, weights, inner[0])[1]
+            )
+            most = (
+                cumulative_bounds(nodes, weights, outer[1])[1]
+                - cumulative_bounds(nodes, weights, outer[0])[0]
+            )
+            yield np.maximum(value, 0), np.clip(least, 0, 1), np.clip(most, 0, 1)
+
+    def _ritz_shares(self, low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+        """(value, least, most) of each rule's deflated part in [low, high]; only rounding makes
+        them differ."""
+        for rule in self._rules:
+            nodes, weights = rule.nodes[: rule.num_deflated], rule.weights[: rule.num_deflated]
+            ends = ((low, high), *_widened(low, high, rule))
+            yield tuple(
+                np.maximum(
+                    cumulative(nodes, weights, b)
+                    - cumulative(nodes, weights, np.nextafter(a, -np.inf)),
+                    0,
+                )
+                for a, b in ends
+            )
+
+    def _interval(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """95 % bounds on the share of which the probes saw between low and high."""
+        return (
+            share_interval(low, high, self._freedom) if np.isfinite(self._freedom) else (low, high)
+        )
+
+
+def _widened(
+    low: np.ndarray, high: np.ndarray, rule: Rule
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """The interval, smaller and larger by the rounding of the nodes: the other errors are accounted
+    for elsewhere."""
+    rounding = rule.residuals.min()
+    return (low + rounding, high - rounding), (low - rounding, high + rounding)

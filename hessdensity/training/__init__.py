@@ -1,0 +1,1 @@
+"""Spectra over training: gradients in the spectrum, tracking."""

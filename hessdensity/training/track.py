@@ -1,0 +1,285 @@
+"""What was measured of a spectrum over training: one row a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hessdensity.spectra.archive import Contents
+from hessdensity.spectra.density import SpectralDensity
+from hessdensity.spectra.eigenspace import Eigenspace
+
+from . import track_archive as _track_archive
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # noqa: TID251
+
+
+def zeta(eigenspace: Eigenspace, k: int | None = None) -> float:
+    """How far the largest eigenvalue stands out: lambda_1 / lambda_k, the i-th largest being
+    lambda_i.
+
+    With k the number of classes, small where batch normalisation is at work and large without it
+    (Ghorbani, Krishnan and Xiao 2019).
+
+    Args: eigenspace: the algebraically largest eigenvalues: ``which="LA"``, or ``"LM"`` as long as
+      lambda_k is positive. k: 1 to the rank (default: the rank).
+
+    Raises: ValueError: k outside its range; lambda_k is not positive, so that the ratio compares no
+      sizes.
+
+    Example:
+      >>> zeta(Eigenspace([6.0, 3.0, 2.0], np.eye(4, dtype=np.float32)[:3], np.zeros(3), [True] * 3, 0))
+      3.0
+    """
+    rank = eigenspace.rank
+    k = rank if k is None else k
+    check_k(k, rank)
+    largest, last = eigenspace.values[0], eigenspace.values[k - 1]
+    if not last > 0:
+        raise ValueError(
+            f"lambda_{k} = {last:.4g} is not positive, and no size that lambda_1 could be compared "
+            "with."
+        )
+    return float(largest / last)
+
+
+def check_k(k: Any, rank: int, name: str = "k") -> None:
+    """Refuse a number of an eigenvalue that is not there."""
+    if not isinstance(k, int | np.integer) or not 1 <= k <= rank:
+        raise ValueError(
+            f"{name}={k!r}, expected a whole number from 1 to {rank}, the rank of the eigenspace."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One checkpoint of a `Track`: all on the host."""
+
+    step: float
+    """Training step, or whatever the checkpoints were numbered by."""
+    loss: float
+    """Mean loss over the data; NaN where the operator does not tell."""
+    gradient_norm: float
+    """|g| of the full gradient; NaN for an operator without ``gradient()``."""
+    values: np.ndarray
+    """(rank,) float64: eigenvalues, descending."""
+    residuals: np.ndarray
+    """(rank,) float64: their residuals, in eigenvalue units."""
+    converged: np.ndarray
+    """(rank,) bool: those below the tolerance."""
+    concentration: np.ndarray
+    """(rank,) float64: share of |g|^2 in the first 1, 2, ... eigenvectors
+    (`gradient_concentration`); NaN without g."""
+    overlap: float
+    """Of the eigenspace with that of the checkpoint before (`overlap`); NaN for the first."""
+    density: SpectralDensity | None
+    """The spectral density, unless it was left out."""
+    num_matvecs: int
+    """Products spent on the eigenspace; ``density.num_matvecs`` were spent on the density."""
+    seconds: float
+    """Time it took."""
+
+
+_COLUMNS = tuple(f.name for f in fields(Measurement) if f.name != "density")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Track:
+    """The spectrum over training, checkpoint by checkpoint: ``print`` it for a table, ``plot`` it
+    for a heat map.
+
+    With T checkpoints and eigenspaces of one rank, the properties are arrays (T,) or (T, rank), in
+    the order of the steps.
+
+    Example:
+      >>> import jax, hessdensity as hd
+      >>> checkpoints = [(0, 1.0), (100, 2.0)]  # the parameters, here a number
+      >>> scaled = lambda params: hd.Matrix(params * np.diag([1.0, 2.0, 3.0, 6.0]))
+      >>> track = hd.track(scaled, checkpoints, jax.random.key(0), rank=2, progress=False)
+      >>> track.values.round(3).tolist(), track.zetas().round(3).tolist(), track.overlaps.round(3).tolist()
+      ([[6.0, 3.0], [12.0, 6.0]], [2.0, 2.0], [nan, 1.0])
+    """
+
+    measurements: tuple[Measurement, ...]
+    """One a checkpoint, in the order of their steps."""
+    eigenspace: Eigenspace | None = None
+    """That of the last checkpoint, with its vectors on the device. Not saved."""
+    num_classes: int | None = None
+    """K: zeta is lambda_1 / lambda_K, unless told otherwise; the rank if None."""
+    description: dict[str, Any] = field(default_factory=dict)
+    """Settings, versions, and whether it was stopped."""
+
+    @property
+    def steps(self) -> np.ndarray:
+        """(T,) float64, ascending."""
+        return self._column("step")
+
+    @property
+    def losses(self) -> np.ndarray:
+        """(T,) float64."""
+        return self._column("loss")
+
+    @property
+    def gradient_norms(self) -> np.ndarray:
+        """(T,) float64, in units of loss over parameter."""
+        return self._column("gradient_norm")
+
+    @property
+    def values(self) -> np.ndarray:
+        """(T, rank) float64: eigenvalues, descending."""
+        return self._column("values")
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """(T, rank) float64, in eigenvalue units."""
+        return self._column("residuals")
+
+    @property
+    def converged(self) -> np.ndarray:
+        """(T, rank) bool."""
+        return self._column("converged").astype(bool)
+
+    @property
+    def concentrations(self) -> np.ndarray:
+        """(T, rank) float64: share of |g|^2 in the first 1, 2, ..., rank eigenvectors."""
+        return self._column("concentration")
+
+    @property
+    def overlaps(self) -> np.ndarray:
+        """(T,) float64: of each eigenspace with the one before; the first is NaN."""
+        return self._column("overlap")
+
+    @property
+    def num_matvecs(self) -> np.ndarray:
+        """(T,) int: products spent, on the eigenspace and on the density."""
+        spent = [
+            m.num_matvecs + (m.density.num_matvecs if m.density else 0) for m in self.measurements
+        ]
+        return np.array(spent, int)
+
+    @property
+    def densities(self) -> tuple[SpectralDensity | None, ...]:
+        """One `SpectralDensity` a checkpoint, or None where it was left out."""
+        return tuple(measurement.density for measurement in self.measurements)
+
+    @property
+    def rank(self) -> int:
+        """Eigenvalues a checkpoint."""
+        return self.measurements[0].values.size if self.measurements else 0
+
+    def zetas(self, k: int | None = None) -> np.ndarray:
+        """(T,) float64: lambda_1 / lambda_k (`zeta`), NaN where lambda_k is not positive.
+
+        Args:
+          k: 1 to the rank (default: ``num_classes``, or the rank).
+        """
+        if not self.measurements:
+            return np.zeros(0)
+        k = k or self._k
+        check_k(k, self.rank)
+        first, last = self.values[:, 0], self.values[:, k - 1]
+        return np.divide(first, last, out=np.full(first.size, np.nan), where=last > 0)
+
+    @property
+    def _k(self) -> int:
+        return self.num_classes or self.rank
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.array([getattr(measurement, name) for measurement in self.measurements], float)
+
+    def __len__(self) -> int:
+        return len(self.measurements)
+
+    def __repr__(self) -> str:
+        return f"<Track of {len(self)} checkpoints, rank {self.rank}>"
+
+    def __str__(self) -> str:
+        about, k, rank = self.description, self._k, self.rank
+        kind = f" of a {about['operator']}" if "operator" in about else ""
+        title = f"Track{kind}, {len(self)} checkpoint{'s' * (len(self) != 1)}"
+        if not self.measurements:
+            return title
+        zetas, spent, unsure = self.zetas(), self.num_matvecs, (~self.converged).sum(1)
+        columns: list[tuple[str, Callable[[int, Measurement], str]]] = [
+            ("step", lambda i, m: f"{m.step:,.10g}"),
+            ("loss", lambda i, m: _number(m.loss, ".5g")),
+            ("|gradient|", lambda i, m: _number(m.gradient_norm, ".3g")),
+            ("lambda_1", lambda i, m: f"{m.values[0]:.4g}"),
+            (f"lambda_{k}", lambda i, m: f"{m.values[k - 1]:.4g}"),
+            ("zeta", lambda i, m: _number(zetas[i], ".3g")),
+            (f"gradient in top {rank}", lambda i, m: _number(m.concentration[-1], ".3f")),
+            ("overlap", lambda i, m: _number(m.overlap, ".3f")),
+            (
+                "products",
+                lambda i, m: (
+                    f"{spent[i]:,}" + (f", {unsure[i]} not converged" if unsure[i] else "")
+                ),
+            ),
+        ]
+        rows = [[name for name, _ in columns]]
+        rows += [[cell(i, m) for _, cell in columns] for i, m in enumerate(self.measurements)]
+        widths = [
+            max(map(len, column)) for column in zip(*([row[:-1] for row in rows]), strict=True)
+        ] + [8]
+        lines = [
+            "  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
+            for row in rows
+        ]
+        stopped = [f"  stopped: {about['stopped']}"] if about.get("stopped") else []
+        return "\n".join([title, *lines, *stopped])
+
+    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
+        """A heat map of the density over training; ``options`` as for
+        `hessdensity.track_plots.plot_track`."""
+        from hessdensity.plots.track import plot_track
+
+        return plot_track(self, ax, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a versioned ``.npz`` without pickles to exactly ``path``; all but the eigenspace's
+        vectors."""
+        columns = {name: self._column(name) for name in _COLUMNS}
+        densities = [
+            Contents(d.rules, d.dimension, d.num_matvecs, d.description, d.given) if d else None
+            for d in self.densities
+        ]
+        about = {"num_classes": self.num_classes, "description": self.description}
+        _track_archive.write(path, _track_archive.TrackContents(columns, densities, about))
+
+    @staticmethod
+    def load(path: str | Path) -> Track:
+        """Read what `save` wrote, equal bit for bit.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: the file is not a saved track, or one of a newer version of the format.
+        """
+        columns, densities, about = _track_archive.read(path)
+        if missing := set(_COLUMNS) - set(columns):
+            raise ValueError(
+                f"path={str(path)!r} is a damaged track: {sorted(missing)} are missing. Save it "
+                "again."
+            )
+        rows = []
+        for i, contents in enumerate(densities):
+            row: dict[str, Any] = {name: column[i] for name, column in columns.items()}
+            scalars = {name: float(value) for name, value in row.items() if not np.ndim(value)}
+            row |= scalars | {
+                "converged": row["converged"].astype(bool),
+                "num_matvecs": int(row["num_matvecs"]),
+            }
+            rows.append(
+                Measurement(
+                    **row, density=SpectralDensity(**contents._asdict()) if contents else None
+                )
+            )
+        return Track(tuple(rows), None, about["num_classes"], about["description"])
+
+
+def _number(value: float, spec: str) -> str:
+    return format(value, spec) if np.isfinite(value) else "-"

@@ -1,0 +1,2 @@
+"""Algebra on parameter pytrees: sums of bounded length, random vectors, bases, orthogonalization,
+selection."""

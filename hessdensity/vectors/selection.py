@@ -1,0 +1,72 @@
+"""Which leaves of a tree form the vector, and which are held fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+
+from . import trees as _trees
+
+Where = str | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A split of a tree's leaves, by position. Hashable, so that it may be part of what a compiled
+    function is."""
+
+    structure: Any
+    chosen: tuple[bool, ...]
+
+    def split(self, tree: Any) -> tuple[Any, list[Any]]:
+        """(the tree with None at held leaves, the held leaves)."""
+        leaves = self.structure.flatten_up_to(tree)
+        selected = [
+            leaf if chosen else None for leaf, chosen in zip(leaves, self.chosen, strict=True)
+        ]
+        return self.structure.unflatten(selected), [
+            x for x, chosen in zip(leaves, self.chosen, strict=True) if not chosen
+        ]
+
+    def merge(self, selected: Any, held: list[Any]) -> Any:
+        """The whole tree again."""
+        sources = {True: iter(jax.tree.leaves(selected)), False: iter(held)}
+        return self.structure.unflatten([next(sources[chosen]) for chosen in self.chosen])
+
+    def __call__(
+        self, loss: Callable[[Any, Any], Any], held: list[Any], selected: Any, batch: Any
+    ) -> Any:
+        """The loss as a function of the selected leaves alone."""
+        return loss(self.merge(selected, held), batch)
+
+
+def select(tree: Any, where: Where) -> Selection:
+    """The leaves of ``tree`` whose path matches ``where``: a glob, a predicate on the path, or None
+    for all.
+
+    Raises:
+      TypeError: ``where`` is neither.
+      ValueError: nothing matches; the message lists the paths.
+    """
+    names = _trees.paths(tree)
+    if where is None:
+        chosen = [True] * len(names)
+    elif isinstance(where, str):
+        chosen = [fnmatchcase(name, where) for name in names]
+    elif callable(where):
+        chosen = [bool(where(name)) for name in names]
+    else:
+        raise TypeError(
+            f"where={where!r} is a {type(where).__name__}; give a glob such as 'Dense_0/*', or a "
+            "function of the path."
+        )
+    if not names:
+        raise ValueError("params has no leaves; expected a pytree of arrays.")
+    if not any(chosen):
+        listed = "\n  ".join(names[:40] + ["..."] * (len(names) > 40))
+        raise ValueError(f"where={where!r} matches no leaf. The paths are:\n  {listed}")
+    return Selection(jax.tree.structure(tree), tuple(chosen))

@@ -1,0 +1,198 @@
+"""A plan says what a run then takes."""
+
+import jax
+import jax.numpy as jnp
+import named_spectra as spectra
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from problems import mlp
+
+import hessdensity as hd
+from hessdensity.estimators import spectral_density as slq
+from hessdensity.krylov import lanczos
+from hessdensity.runs import plan as planning
+from hessdensity.runs.memory import Free, in_words
+from hessdensity.vectors import trees as _trees
+
+
+def hessian_of(examples=60, batch_size=20):
+    loss, params, batch = mlp(np.float32, examples=examples)
+    return hd.Hessian(loss, params, hd.batches(batch, batch_size))
+
+
+def held(state, kind):
+    leaves = jax.tree.leaves((state.basis, state.vectors, state.previous))
+    return sum(leaf.nbytes for leaf in leaves if leaf.sharding.memory_kind == kind)
+
+
+@pytest.mark.parametrize("tier", lanczos.TIERS)
+@pytest.mark.parametrize(("m0", "m", "k"), [(32, 16, 3), (20, 7, 1), (0, 9, 2)])
+def test_planned_bytes_are_those_of_the_arrays_that_a_run_holds(tier, m0, m, k, key):
+    operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    (choice,) = [
+        each for each in hd.plan(operator, m, k, deflation_steps=m0, timed=False).choices
+        if (each.basis, each.probes_at_once) == (tier, k)
+    ]  # fmt: skip
+    against, deflation = None, None
+    if tier != "none" and m0:
+        deflation = lanczos.init(_trees.random_block(key, 9, 1, operator.like), m0, tier=tier)
+        for deflation in lanczos.iterate(operator, deflation):
+            pass
+        against = lanczos.Basis(deflation.basis, m0)
+    steps = m if tier != "none" else planning.without_basis(m, k, m0)
+    state = lanczos.init(_trees.random_block(key, 0, k, operator.like), steps, against, tier=tier)
+    for state in lanczos.iterate(operator, state):
+        pass
+    device, host = held(state, "device"), held(state, "pinned_host")
+    if deflation is not None:
+        without = deflation._replace(vectors=None, previous=None)
+        device, host = device + held(without, "device"), host + held(without, "pinned_host")
+    # Beside these: the product and the sum it is added to, and on its way one chunk that waits on
+    # the host.
+    working = 2 * k * 1200 + (lanczos.CHUNK * k * 1200 if tier == "host" else 0)
+    assert choice.host_bytes == host
+    assert choice.device_bytes == device + working
+
+
+def test_planned_products_and_passes_are_those_of_the_run(key):
+    for basis, at_once in [("device", 3), ("device", 2), ("host", 1), ("none", 3), ("none", 1)]:
+        hessian = hessian_of()
+        density = hd.spectral_density(
+            hessian, key, num_steps=5, num_probes=3, deflation_steps=8, basis=basis, probes_at_once=at_once,
+            progress=False,
+        )  # fmt: skip
+        every = planning.choices(55, 4, 0, 5, 3, 8, at_once)
+        choice = next(
+            each for each in every if (each.basis, each.probes_at_once) == (basis, at_once)
+        )
+        assert density.num_matvecs == choice.num_matvecs
+        assert hessian._passes._passes == choice.num_passes
+
+
+def test_the_trade_is_bytes_for_passes(key):
+    """4 (m0 + k m) bytes a weight and m0 + m passes with k probes side by side; 4 (m0 + m) and m0 +
+    k m in turns."""
+    n, m0, m, k = 1_000_000, 96, 48, 4
+    every = {(c.basis, c.probes_at_once): c for c in planning.choices(n, 4 * n, 0, m, k, m0)}
+    together, turns = every["device", 4], every["device", 1]
+    assert together.num_passes == m0 + m
+    assert turns.num_passes == m0 + k * m
+    assert together.device_bytes == 4 * n * (m0 + k * m + 4 * k)
+    assert turns.device_bytes == 4 * n * (m0 + m + 4)
+    assert {c.num_matvecs for c in every.values()} == {m0 + k * m}
+    assert every["none", 4].device_bytes == 4 * n * 4 * k
+
+
+def test_the_first_that_fits_is_chosen(key):
+    operator = hd.Matrix.from_eigenvalues(jnp.linspace(0, 1, 1000), key)
+    found = []
+    for vectors in (1000, 190, 80, 30, 5, 1):
+        plan = hd.plan(operator, 45, 2, device_bytes=4000 * vectors, host_bytes=10**9, timed=False)
+        found.append((plan.chosen.basis, plan.chosen.probes_at_once, plan.chosen.fits(plan.free)))
+    assert found == [
+        ("device", 2, True), ("host", 2, True), ("host", 2, True), ("host", 1, True), ("none", 1, True),
+        ("none", 1, False),
+    ]  # fmt: skip
+    plan = hd.plan(operator, 45, 2, device_bytes=4000 * 160, host_bytes=0, timed=False)
+    assert (plan.chosen.basis, plan.chosen.probes_at_once) == ("device", 1)
+
+
+def test_the_default_takes_what_fits(key, monkeypatch):
+    operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    for device, host, expected in [
+        (10**6, 10**6, "device"),
+        (70_000, 10**6, "host"),
+        (30_000, 0, "none"),
+    ]:
+        free = Free(device, host)
+        monkeypatch.setattr(slq, "free_memory", lambda like, free=free: free)
+        density = hd.spectral_density(
+            operator, key, num_steps=16, deflation_steps=40, progress=False
+        )
+        assert density.description["basis"] == expected
+
+
+def test_an_eigenspace_that_is_to_be_kept_has_a_basis(key, monkeypatch):
+    operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    monkeypatch.setattr(slq, "free_memory", lambda like: Free(0, 0))
+    density = hd.spectral_density(
+        operator, key, num_steps=8, deflation_steps=16, keep_eigenspace=True, progress=False
+    )
+    assert density.eigenspace.rank == 16
+
+
+def test_vectors_are_counted_by_their_shards():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    like = {
+        "both": jax.ShapeDtypeStruct(
+            (8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data", "model"))
+        ),
+        "one": jax.ShapeDtypeStruct(
+            (8, 8), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("model"))
+        ),
+        "all": jax.ShapeDtypeStruct(
+            (3,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+        ),
+    }
+    plan = hd.plan(hd.FunctionOperator(lambda v: v, like), timed=False)
+    assert plan.vector_bytes == 4 * (8 + 16 + 3)
+    assert plan.num_devices == 8
+    assert "131 weights, spread over 8 devices" in str(plan)
+
+
+def test_a_plan_can_be_read(key):
+    text = str(hd.plan(hessian_of(), 10, 2, deflation_steps=20))
+    print(text)
+    for part in [
+        "Plan of a spectral density: 55 weights", "weights 220 B, a vector 220 B, activations", "the run", "passes",
+        "fits, chosen",
+    ]:  # fmt: skip
+        assert part in text
+    hopeless = hd.plan(hessian_of(), device_bytes=1, host_bytes=1, timed=False)
+    assert str(hopeless).count("does not fit") == len(hopeless.choices)
+    assert hopeless.seconds is None
+    assert [in_words(size) for size in (0, 999, 1000, 123_456, 1.5e9, 2e12, 3.2e15)] == [
+        "0 B", "999 B", "1 KB", "123 KB", "1.5 GB", "2 TB", "3,200 TB",
+    ]  # fmt: skip
+
+
+def test_activations_are_what_the_compiled_product_says():
+    hessian = hessian_of(60, 60)
+    plan = hd.plan(hessian, num_probes=2, timed=False)
+    assert plan.activation_bytes == hessian.temporary_bytes(2) > 60 * 5 * 4
+    assert plan.choices[0].device_bytes == plan.activation_bytes + 220 * (56 + 4 * 2)
+
+
+class Exhausting:
+    """Its products need more than there is; XLA's own way to say so."""
+
+    like = jax.ShapeDtypeStruct((5000,), jnp.float32)
+
+    def __matmul__(self, block):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory allocating 40000000000 bytes.\nAllocator ..."
+        )
+
+
+def test_out_of_memory_is_answered_with_the_table(key):
+    with pytest.raises(
+        MemoryError, match=r"allocating 40000000000 bytes.\)[\s\S]*20 KB[\s\S]*fits, chosen"
+    ) as caught:
+        hd.spectral_density(Exhausting(), key, progress=False)
+    assert caught.value.__suppress_context__
+    with pytest.raises(
+        MemoryError,
+        match=r"keeps \d+ vectors of 20 KB, [\d.]+ MB on each device.*basis_size \(now 46",
+    ):
+        hd.top_eigenspace(Exhausting(), key, 10, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"num_steps": 0}, "num_steps=0"), ({"num_probes": -1}, "num_probes")]
+)
+def test_settings_that_cannot_be_are_refused(settings, said, key):
+    with pytest.raises(ValueError, match=said):
+        hd.plan(hd.Matrix.from_eigenvalues(jnp.ones(3), key), **settings)
+    with pytest.raises(TypeError, match="operator is a int"):
+        hd.plan(3)
