@@ -63,8 +63,9 @@ def memory(compiled: Any) -> Memory:
 def collectives(compiled: Any) -> list[Collective]:
     """The collectives of a compiled program.
 
-    Raises: ValueError: one stands in a loop whose trip count XLA does not know, or works in groups
-      that are not understood.
+    Raises:
+      ValueError: one stands in a loop whose trip count XLA does not know, or works in groups that
+        are not understood.
     """
     return list(_walk(*_computations(compiled.as_text()), times=1))
 
@@ -72,10 +73,11 @@ def collectives(compiled: Any) -> list[Collective]:
 def sent(found: list[Collective], *, scatter: bool = False) -> float:
     """Bytes that a device sends in one call.
 
-    Args: found: the program's collectives. scatter: count an all-reduce as a reduce-scatter, half
-      of it. XLA's compilers for GPUs and TPUs make it one where
-        every device keeps its own shard alone of the sum, as it does of a sharded gradient; that
-        for CPUs does not.
+    Args:
+      found: the program's collectives.
+      scatter: count an all-reduce as a reduce-scatter, half of it. XLA's compilers for GPUs and
+        TPUs make it one where every device keeps its own shard alone of the sum, as it does of a
+        sharded gradient; that for CPUs does not.
     """
     halved = [c.sent / 2 if scatter and c.kind == "all-reduce" else c.sent for c in found]
     return math.fsum(one * collective.times for one, collective in zip(halved, found, strict=True))

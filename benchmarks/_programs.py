@@ -17,7 +17,7 @@ from hessdensity.krylov import lanczos
 from hessdensity.operators import derivatives as _products
 from hessdensity.vectors import basis as _gram_schmidt
 from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 PyTree = Any
 
@@ -43,7 +43,7 @@ def block(like: PyTree, count: int) -> PyTree:
 
     def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(
-            (count, *leaf.shape), leaf.dtype, sharding=_trees.stacked_sharding(leaf, 1)
+            (count, *leaf.shape), leaf.dtype, sharding=trees.stacked_sharding(leaf, 1)
         )
 
     return jax.tree.map(stack, like)
@@ -66,15 +66,15 @@ def product(loss: Callable, params: PyTree, batch: PyTree, count: int) -> Any:
 def kernels(like: PyTree, count: int) -> dict[str, Any]:
     """The kernels of a Lanczos update of ``count`` probes; those marked "against" read the
     deflation's basis."""
-    vectors, scalars = block(like, count), jax.ShapeDtypeStruct((count,), _trees.scalar_dtype(like))
+    vectors, scalars = block(like, count), jax.ShapeDtypeStruct((count,), trees.scalar_dtype(like))
     factors = jax.ShapeDtypeStruct((count, lanczos.CHUNK), scalars.dtype)
     new_chunk = jax.jit(partial(_basis.chunk, rows=lanczos.CHUNK))
     compiled = {
         "recur": lanczos._recur.lower(vectors, vectors, vectors, scalars),
-        "norm": jax.jit(_trees.norm).lower(vectors),
-        "normalise": lanczos._normalise.lower(vectors, scalars),
+        "norm": jax.jit(trees.norm).lower(vectors),
+        "normalize": lanczos._normalize.lower(vectors, scalars),
         "new chunk": new_chunk.lower(vectors),
-        "local": _gram_schmidt._orthogonalise_locally.lower(vectors, vectors, vectors),
+        "local": _gram_schmidt._orthogonalize_locally.lower(vectors, vectors, vectors),
     }
     compiled = {name: lowered.compile() for name, lowered in compiled.items()}
     for name, probes in {"": vectors, " against": block(like, 1)}.items():
@@ -97,15 +97,15 @@ def kernels(like: PyTree, count: int) -> dict[str, Any]:
 
 
 def calls(num_steps: int, deflation_steps: int, basis: str = "device") -> dict[str, int]:
-    """How often the last update of a run calls each kernel, where orthogonalising once is enough,
+    """How often the last update of a run calls each kernel, where orthogonalizing once is enough,
     as it mostly is."""
     chunks, against = (-(-steps // lanczos.CHUNK) for steps in (num_steps, deflation_steps))
     if basis == "none":
-        return {"recur": 1, "local": 1, "normalise": 1}
+        return {"recur": 1, "local": 1, "normalize": 1}
     return {
         "recur": 1,
         "norm": 2,
-        "normalise": 1,
+        "normalize": 1,
         "write row": 1,
         "coefficients": chunks,
         "subtract": chunks,

@@ -6,7 +6,7 @@ batch's statistics?
     100,000 steps: for a GPU
 
 The question of Ghorbani, Krishnan and Xiao (2019). One ResNet is trained on CIFAR-10 in three ways:
-without normalisation; with BatchNorm on the batch's statistics; with BatchNorm on those of the
+without normalization; with BatchNorm on the batch's statistics; with BatchNorm on those of the
 whole training set, which are constants for the gradient. As there, the loss is the mean
 cross-entropy + 2e-4 x half the squared kernels, for training and for the Hessian, whose batches of
 128 are fixed: with batch statistics it is that of the mean over these batches. At every checkpoint:
@@ -40,9 +40,9 @@ line):
     0.890
 
 As in the paper, zeta is smallest with the batch's statistics at every checkpoint, and large again
-with the whole set's; so it is the statistics that follow the weights, not the normalisation. The
+with the whole set's; so it is the statistics that follow the weights, not the normalization. The
 gradient's concentration agrees but for step 32. Unlike the paper's, neither effect is absent with
-the batch's statistics early in training (concentration 0.75 to 0.51), and without normalisation
+the batch's statistics early in training (concentration 0.75 to 0.51), and without normalization
 zeta falls as the training set is fitted. How slowly the population's loss falls depends on how old
 its statistics are, here up to three steps (`refresh_every`): it is no clean comparison of speeds.
 """
@@ -61,7 +61,7 @@ import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models import training
 from benchmarks.models.data import cifar10, downsample
-from benchmarks.models.resnet import ResNet, normalise
+from benchmarks.models.resnet import ResNet, normalize
 from hessdensity import adapters, losses
 from hessdensity.plots.density import plot_density
 
@@ -111,7 +111,7 @@ def objective(criterion: Any, params: Any, batch: Any) -> jax.Array:
 def problem(model: ResNet, variables: Any, statistics: str) -> tuple[Any, Any]:
     """(loss, params) of a checkpoint as the variant's training sees it."""
     options: dict[str, Any] = {}
-    if model.normalise:
+    if model.normalize:
         stored = statistics == POPULATION
         options = {
             "batch_statistics": "stored" if stored else "batch",
@@ -166,11 +166,11 @@ def measure(
 def experiment(size: Size, variant: str) -> Iterator[dict[str, Any]]:
     """Train one variant; the figures of every checkpoint."""
     images, labels = cifar10("train", size.images)
-    arrays = np.asarray(normalise(downsample(images, size.side))), labels
+    arrays = np.asarray(normalize(downsample(images, size.side))), labels
     test_images, test_labels = cifar10("test", size.test_images)
-    test = np.asarray(normalise(downsample(test_images, size.side))), test_labels
+    test = np.asarray(normalize(downsample(test_images, size.side))), test_labels
     data = hd.batches(tuple(array[: size.hessian_images] for array in arrays), BATCH_SIZE)
-    model = ResNet(size.depth, width=size.width, normalise=variant != NONE)
+    model = ResNet(size.depth, width=size.width, normalize=variant != NONE)
     run = training.train(
         model,
         model.init(jax.random.key(0), arrays[0][:1]),
@@ -213,7 +213,7 @@ def draw(records: list[dict[str, Any]], size: Size) -> plt.Figure:
     """The last two spectra of each variant, and what happens along training."""
     variants = (NONE, POPULATION, BATCH, SEEN)
     titles = {
-        NONE: "no normalisation",
+        NONE: "no normalization",
         POPULATION: "BatchNorm, the whole set's statistics",
         BATCH: "BatchNorm, the batch's statistics",
         SEEN: "trained with the batch's statistics,\nseen with the whole set's",

@@ -29,7 +29,7 @@ import numpy as np
 
 import hessdensity as hd
 from benchmarks._harness import save
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 SPECTRA = 200
 POINTS = 50
@@ -68,7 +68,7 @@ def seen_by_probes(
     From the dense matrix; an eigenvalue within the rounding of x may lie on either side of it.
     """
     values, vectors = np.linalg.eigh(hd.dense(operator))
-    probes = np.asarray(_trees.random_block(key, 0, len(density.rules), operator.like), float)
+    probes = np.asarray(random_block(key, 0, len(density.rules), operator.like), float)
     weights = np.mean((probes @ vectors) ** 2, axis=0)
     sums = np.concatenate([[0.0], np.cumsum(weights / weights.sum())])
     return tuple(
@@ -139,7 +139,7 @@ def coupling(operator: hd.Matrix, key: jax.Array, values: np.ndarray, num_steps:
     """[1 or 0, 1]: whether the theorem's two bounds held, on a dense split in float64."""
     matrix = hd.dense(operator)
     basis = np.zeros((0, values.size))
-    vector = np.asarray(_trees.random_block(key, 7, 1, operator.like), float)[0]
+    vector = np.asarray(random_block(key, 7, 1, operator.like), float)[0]
     for _ in range(num_steps + 1):
         for _ in range(3):
             vector = vector - basis.T @ (basis @ vector)

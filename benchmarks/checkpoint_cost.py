@@ -25,7 +25,7 @@ import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.imagenet_networks import NETWORKS
 from hessdensity import adapters, losses
-from hessdensity.runs.steps import Steps
+from hessdensity.runs.steps import SavedSteps
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     network, random = NETWORKS["resnet50"], np.random.default_rng(0)
-    images = network.normalise(
+    images = network.normalize(
         random.integers(0, 256, (args.batch_size, network.size, network.size, 3), np.uint8)
     )
     batch = np.asarray(images), random.integers(0, 1000, args.batch_size)
@@ -54,7 +54,7 @@ def main() -> None:
 
     blocked, whole = [], []
     folder = Path(tempfile.mkdtemp())
-    steps = Steps(folder, hd.FunctionOperator(lambda v: v, hessian.like), {})
+    steps = SavedSteps(folder, hd.FunctionOperator(lambda v: v, hessian.like), {})
     with steps.kept():
         for index in range(args.steps):
             start = time.perf_counter()

@@ -33,7 +33,7 @@ import numpy as np
 import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.data import cifar10, folder
-from benchmarks.models.resnet import ResNet, load_weights, normalise
+from benchmarks.models.resnet import ResNet, load_weights, normalize
 from benchmarks.models.training import accuracy
 from hessdensity import adapters, losses
 from hessdensity.plots.density import plot_density
@@ -49,11 +49,11 @@ def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.Sp
         load_weights(folder("weights") / f"cifar10_resnet{depth}.safetensors"),
     )
     images, labels = cifar10("test", args.test_images)
-    right = accuracy(model, variables, (normalise(images), labels))
+    right = accuracy(model, variables, (normalize(images), labels))
     print(f"ResNet-{depth}: {right:.2%} of {len(labels):,} test images right", flush=True)
 
     images, labels = cifar10("train", args.images)
-    data = hd.batches((np.asarray(normalise(images)), labels), BATCH_SIZE)
+    data = hd.batches((np.asarray(normalize(images)), labels), BATCH_SIZE)
     loss, params = adapters.from_linen(
         model, variables, losses.cross_entropy, batch_statistics="stored", use_running_average=True
     )

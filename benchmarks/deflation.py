@@ -43,7 +43,7 @@ from benchmarks.models.data import folder
 from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.quadrature import Rule, Tridiagonal, gauss_rule
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 KEYS = 20  # on the network's spectrum
 SYNTHETIC_KEYS = 4
@@ -89,7 +89,7 @@ def plain(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule
 
 
 def implicit(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule, ...]:
-    n = _trees.size(operator.like)
+    n = trees.size(operator.like)
     return tuple(deflation.isolate(rule, n) for rule in plain(operator, key, settings))
 
 
@@ -98,10 +98,10 @@ def without_its_own(operator: hd.Matrix, key: jax.Array, settings: Settings) -> 
 
 
 def sequential(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule, ...]:
-    n, chunks, size = _trees.size(operator.like), (), 0
+    n, chunks, size = trees.size(operator.like), (), 0
     nodes, rules = np.zeros(0), []
     for index in range(settings.num_probes):
-        start = _trees.random_block(key, index, 1, operator.like)
+        start = random_block(key, index, 1, operator.like)
         state = lanczos.init(
             start, settings.num_steps, lanczos.Basis(chunks, size) if size else None
         )

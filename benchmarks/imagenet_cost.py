@@ -8,7 +8,7 @@ PyTorch's double backward?
 SqueezeNet 1.1 and ResNet-50 (stored statistics), float32, in two precisions of products: "highest",
 and the device's default, which on accelerators is shorter (TF32, bfloat16). Both sides have the
 same weights, batch and vector, and must agree on the loss and on H v before anything is timed; then
-they take turns. PyTorch's inputs are normalised already, and of its two memory layouts the faster
+they take turns. PyTorch's inputs are normalized already, and of its two memory layouts the faster
 one counts.
 
 It has not run on an accelerator yet.
@@ -55,7 +55,8 @@ PEAKS = {
 
 
 class Torch:
-    """The same network in PyTorch, in one of its memory layouts, on its accelerator if it has one."""
+    """The same network in PyTorch, in one of its memory layouts, on its accelerator if it has one.
+    """
 
     def __init__(self, name: str, layout: str) -> None:
         import torch
@@ -207,7 +208,7 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         images = rng.integers(0, 256, (batch_size, pixels, pixels, 3), np.uint8)
         labels = rng.integers(0, 1000, batch_size).astype(np.int32)
         batch = jax.device_put((images, labels))
-        inputs = np.ascontiguousarray(np.asarray(network.normalise(images)).transpose(0, 3, 1, 2))
+        inputs = np.ascontiguousarray(np.asarray(network.normalize(images)).transpose(0, 3, 1, 2))
         for precision in PRECISIONS:
             mine = jax_thunks(network, variables, batch, ours, precision)
             if not fits(mine["product"]):

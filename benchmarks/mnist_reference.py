@@ -41,7 +41,7 @@ from benchmarks.models.mlp import MLP
 from hessdensity.krylov import lanczos
 from hessdensity.plots.density import plot_density
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 NUM_STEPS = (15, 30, 45, 60, 90, 120)
 NUM_PROBES = (1, 2, 4, 10)
@@ -104,7 +104,7 @@ def pool(hessian: hd.Hessian, num_steps: int) -> list[tuple[np.ndarray, np.ndarr
     runs."""
     matrices = []
     for first in range(0, POOL, 10):
-        start = _trees.random_block(jax.random.key(1), first, 10, hessian.like)
+        start = random_block(jax.random.key(1), first, 10, hessian.like)
         *_, state = lanczos.iterate(hessian, lanczos.init(start, num_steps))
         matrices += zip(state.diagonal, state.off_diagonal, strict=True)
     return matrices

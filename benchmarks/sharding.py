@@ -22,7 +22,7 @@ settings sends scalars alone, 490 for every sharded leaf, k (num_steps + 2 defla
 few: 57.9 kB a device of 64. A gradient sends 13.45 GB a device of 8; a program of 1, 2 and 4
 products 1.95, 1.92 and 1.80 gradients a vector (1.96, 1.93, 1.77 with reduce-scatters), the same on
 2 to 64 devices. The programs of 2 and 4 use `jax.linearize`, which keeps gathered weights and what
-rematerialisation was to save whole between its loops: hence their temporaries, and hence `Hessian`
+rematerialization was to save whole between its loops: hence their temporaries, and hence `Hessian`
 multiplies vector by vector where parameters are sharded. (One vector by `jax.linearize`: 2.16
 gradients and 32.70 GB on 8.)
 
@@ -56,7 +56,7 @@ def one(count: int) -> dict[str, Any]:
     from benchmarks._hlo import collectives, memory, sent
     from hessdensity.distributed import make_mesh
     from hessdensity.krylov import lanczos
-    from hessdensity.vectors import trees as _trees
+    from hessdensity.vectors import trees
 
     loss, params, tokens = _programs.transformer(make_mesh(), BATCH, **SIZES)
     kernels = _programs.kernels(params, PROBES)
@@ -71,10 +71,10 @@ def one(count: int) -> dict[str, Any]:
         ]
         for basis in ("device", "none")
     }
-    vector = memory(kernels["normalise"]).outputs / PROBES
+    vector = memory(kernels["normalize"]).outputs / PROBES
     return {
         "devices": count,
-        "num_params": _trees.size(params),
+        "num_params": trees.size(params),
         "sharded_leaves": sum(
             not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params)
         ),

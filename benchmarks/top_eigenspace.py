@@ -47,10 +47,10 @@ import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.mnist_reference import problem as reference_problem
 from benchmarks.models.data import cifar10, folder
-from benchmarks.models.resnet import ResNet, load_weights, normalise
+from benchmarks.models.resnet import ResNet, load_weights, normalize
 from hessdensity import adapters, losses
 from hessdensity.krylov import restarting as _block_run
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 RANK = 10
 TOLERANCE = 1e-4
@@ -71,14 +71,14 @@ class Flat:
     """An operator on the columns of arrays (n, k), which counts."""
 
     def __init__(self, operator: Any) -> None:
-        self.operator, self.n = operator, _trees.size(operator.like)
+        self.operator, self.n = operator, trees.size(operator.like)
         self.products = self.passes = 0
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:
         self.products += columns.shape[1]
         self.passes += 1
         rows = np.asarray(columns, np.float32).T
-        return _trees.ravel(self.operator @ _trees.unravel(rows, self.operator.like)).T.astype(
+        return trees.ravel(self.operator @ trees.unravel(rows, self.operator.like)).T.astype(
             float
         )
 
@@ -102,7 +102,7 @@ def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: in
             points.append(
                 Point(run.num_matvecs, run.num_passes, float(space.residuals.max() / norm))
             )
-    vectors = _trees.ravel(space.vectors).T.astype(float)
+    vectors = trees.ravel(space.vectors).T.astype(float)
     true = worst(space.values, vectors, Flat(operator)(vectors), norm)
     assert abs(true - points[-1].residual) < 2e-6, (true, points[-1])
     return points
@@ -112,7 +112,7 @@ def arpack(operator: Any, key: int, norm: float, cap: int) -> list[Point]:
     """eigsh with its own ncv. Every tolerance sees the same products, which are made once."""
     flat, start = (
         Flat(operator),
-        np.random.default_rng(key).standard_normal(_trees.size(operator.like)),
+        np.random.default_rng(key).standard_normal(trees.size(operator.like)),
     )
     cache: list[np.ndarray] = []
     points = []
@@ -252,7 +252,7 @@ def resnet20(images: int) -> hd.Hessian:
     loss, params = adapters.from_linen(
         model, variables, losses.cross_entropy, batch_statistics="stored", use_running_average=True
     )
-    return hd.Hessian(loss, params, [(np.asarray(normalise(inputs)), labels)])
+    return hd.Hessian(loss, params, [(np.asarray(normalize(inputs)), labels)])
 
 
 def copies(eigenvalues: np.ndarray) -> dict[str, int]:
@@ -286,7 +286,7 @@ def draw(results: dict[str, dict[str, list[list[Point]]]]) -> plt.Figure:
         for ax, count, label in zip(
             row, (0, 1), ("products with a vector", "passes over the data"), strict=True
         ):
-            for (name, histories), colour in zip(
+            for (name, histories), color in zip(
                 methods.items(), plt.cm.tab10.colors, strict=False
             ):
                 points = [point for point in histories[0] if np.isfinite(point.residual)]
@@ -296,7 +296,7 @@ def draw(results: dict[str, dict[str, list[list[Point]]]]) -> plt.Figure:
                 ax.plot(
                     [p[count] for p in points],
                     [p.residual for p in points],
-                    color=colour,
+                    color=color,
                     label=name,
                     **style,
                 )
@@ -347,7 +347,7 @@ def main() -> None:
     if args.images:
         hessian = resnet20(args.images)
         norm = hd.top_eigenspace(hessian, jax.random.key(1), 1, progress=False).values[0]
-        title = f"ResNet-20, {args.images} CIFAR-10 images, n = {_trees.size(hessian.like):,}"
+        title = f"ResNet-20, {args.images} CIFAR-10 images, n = {trees.size(hessian.like):,}"
         report(title, hessian, float(abs(norm)), 1, dict.fromkeys(METHODS, args.cap))
 
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import adapters, losses
-from .data.passes import batches
-from .spectra.density import SpectralDensity
-from .spectra.distance import distance
+from hessdensity import adapters, losses
+from hessdensity.data.batches import batches
+from hessdensity.spectra.density import SpectralDensity
+from hessdensity.spectra.distance import distance
 
 WIDTHS = (64, 16, 10)
 TRAINING_STEPS = 400
@@ -23,7 +23,7 @@ def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, lis
     1,797 digits.
 
     Args:
-      training_steps: full-batch steps; 0 for the network at initialisation.
+      training_steps: full-batch steps; 0 for the network at initialization.
 
     Raises:
       ModuleNotFoundError: scikit-learn, which carries the digits, is not installed.

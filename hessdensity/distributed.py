@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .data.passes import fresh, refuse_misuse
+from hessdensity.data.batches import fresh, refuse_misuse
 
-PyTree = Any
 logger = logging.getLogger("hessdensity")
+from hessdensity.vectors.trees import PyTree
 
 _called = False
 
@@ -41,19 +41,21 @@ def start(
     TPU pods say; then no argument is needed. A process that belongs to no job goes on alone, so
     that the same script runs anywhere. A second call does nothing.
 
-    Args: coordinator_address: ``"host:port"`` of process 0, any free port. All three or none: on
-      other clusters. num_processes: how many processes there are. process_id: which one this is,
-      from 0. heartbeat_timeout: seconds after which a process that no longer answers, killed or
-      stopped, counts as dead. The
-        others then end with an error: none can go on without it.
+    Args:
+      coordinator_address: ``"host:port"`` of process 0, any free port. All three or none: on other
+        clusters.
+      num_processes: how many processes there are.
+      process_id: which one this is, from 0.
+      heartbeat_timeout: seconds after which a process that no longer answers, killed or stopped,
+        counts as dead. The others then end with an error: none can go on without it.
       shutdown_timeout: seconds that a process that is done, or has raised an error, waits for the
         others to be so too; then all of them end. A loader that hangs is none of these: `watch`.
       connect_timeout: seconds that the processes wait for each other here.
 
-    Raises: ValueError: some of the three arguments are missing, or the address is none.
+    Raises:
+      ValueError: some of the three arguments are missing, or the address is none.
       RuntimeError: JAX has been used already; there is no coordinator at the address. (If other
-      processes are missing,
-        or on a cluster, JAX itself ends the process when the time is over.)
+        processes are missing, or on a cluster, JAX itself ends the process when the time is over.)
 
     Example:
       >>> start()  # doctest: +SKIP
@@ -178,9 +180,9 @@ def make_mesh(
     """A mesh of all devices of all processes: an axis "data", and an axis "model" where it is
     longer than 1.
 
-    Args: data: devices along "data", over which batches (and by `place` parameters) are split; by
-      default all that
-        ``model`` leaves.
+    Args:
+      data: devices along "data", over which batches (and by `place` parameters) are split; by
+        default all that ``model`` leaves.
       model: devices along "model", for parameters that you shard yourself.
       devices: the devices, all by default.
 
@@ -210,11 +212,13 @@ def place(tree: PyTree, mesh: Mesh, *, axis: str = "data", min_size: int = 2**14
     divides; the others are replicated. All vectors of this package take the shardings of the
     parameters.
 
-    Args: tree: pytree of arrays, on the host or on devices; in several processes the same values in
-      each. Of
-        ``jax.ShapeDtypeStruct``, for a plan: these with shardings.
-      mesh: such as `make_mesh` gives. axis: the mesh axis to split over. min_size: entries of the
-      smallest leaf that is split: small ones are not worth the communication.
+    Args:
+      tree: pytree of arrays, on the host or on devices; in several processes the same values in
+        each. Of ``jax.ShapeDtypeStruct``, for a plan: these with shardings.
+      mesh: such as `make_mesh` gives.
+      axis: the mesh axis to split over.
+      min_size: entries of the smallest leaf that is split: small ones are not worth the
+        communication.
 
     Raises:
       ValueError: the mesh has no such axis.

@@ -33,7 +33,7 @@ ALL = ORDINARY | BREAKDOWN
 
 def lanczos(values, masses, num_steps):
     """(diagonal, off_diagonal), float64, of a measure with these atoms: Lanczos on a diagonal,
-    fully orthogonalised."""
+    fully orthogonalized."""
     basis, diagonal, off = [np.sqrt(masses)], [], []
     for _ in range(num_steps):
         product = values * basis[-1]

@@ -75,8 +75,12 @@ def results(params, data, *, more=False, **settings):
 def density(deal, layout="replicated", kind="host", **settings):
     """What all processes together find, each reading its own examples.
 
-    Args: deal: of `LENGTHS`. layout: of the parameters. kind: "host" batches; "placed" ones; or
-      "host" ones on a mesh where the processes' devices alternate. settings: for `results`.
+    Args:
+      deal: of `LENGTHS`.
+      layout: of the parameters.
+      kind: "host" batches; "placed" ones; or "host" ones on a mesh where the processes' devices
+        alternate.
+      settings: for `results`.
     """
     devices = jax.devices()
     devices = [*devices[::2], *devices[1::2]] if kind == "alternating" else devices

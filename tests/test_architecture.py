@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "lanczos": {"_trees", "_gram_schmidt"},
     "density": {"quadrature", "results", "_archive", "_probes", "_summary"},
     "eigenspaces": {"_trees", "_basis"},
-    "_factorisation": {"_trees", "_basis", "_gram_schmidt"},
-    "_block_run": {"_trees", "_factorisation", "_resume", "eigenspaces", "operators"},
+    "_factorization": {"_trees", "_basis", "_gram_schmidt"},
+    "_block_run": {"_trees", "_factorization", "_resume", "eigenspaces", "operators"},
     "block_lanczos": {
         "_trees",
         "_block_run",

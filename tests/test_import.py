@@ -32,7 +32,7 @@ def test_the_import_does_not_load(package, loaded):
 @pytest.mark.parametrize(
     "module", ["hessdensity", "hessdensity.cli", "hessdensity.adapters", "hessdensity.losses"]
 )
-def test_the_import_initialises_no_backend(module):
+def test_the_import_initializes_no_backend(module):
     # Whoever imports before jax.distributed.initialize, or before choosing a platform, must still
     # be free to do so.
     code = f"import {module}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"

@@ -1,5 +1,5 @@
 """Readers for the data folder: each returns (inputs, labels) as NumPy arrays, in file order and
-unnormalised."""
+unnormalized."""
 
 import gzip
 import io

@@ -106,17 +106,23 @@ def load(
     Process p of P has every P-th image from the p-th on, and batches of batch_size / P: together
     they make the batches of a single process, whatever P is.
 
-    Args: source: from `open_source`. size: pixels of a side, see `decode`. crop: see `decode`.
-      batch_size: images of a batch of all processes together. num_images: at most as many, evenly
-      spaced in the source: the first of a sorted folder would be of few classes. cache: a folder on
-      a local disk; the images are kept there, mapped into memory, and found again by a later run
-        with the same files, size and process. In the host's memory by default.
+    Args:
+      source: from `open_source`.
+      size: pixels of a side, see `decode`.
+      crop: see `decode`.
+      batch_size: images of a batch of all processes together.
+      num_images: at most as many, evenly spaced in the source: the first of a sorted folder would
+        be of few classes.
+      cache: a folder on a local disk; the images are kept there, mapped into memory, and found
+        again by a later run with the same files, size and process. In the host's memory by default.
       skip_unreadable: leave out what cannot be read, the same rows in every pass; their reasons are
         in `content.unreadable`. Else the first one raises. What the disk itself refuses raises in
         any case: it may come and go.
-      process: (p, P). multiple: of rows in a batch, the last one too, filled up with `HOLE`: the
-      number of devices that share it. num_threads: that decode. progress: show a bar of images
-      decoded.
+      process: (p, P).
+      multiple: of rows in a batch, the last one too, filled up with `HOLE`: the number of devices
+        that share it.
+      num_threads: that decode.
+      progress: show a bar of images decoded.
     """
     count = process[1]
     multiple = math.lcm(multiple, count)

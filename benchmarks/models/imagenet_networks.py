@@ -16,16 +16,16 @@ Variables = Mapping[str, Any]
 
 
 class Network(NamedTuple):
-    """A network, images as bytes -> (batch, 1000) logits; its batch normalisation uses stored
+    """A network, images as bytes -> (batch, 1000) logits; its batch normalization uses stored
     statistics."""
 
     model: nn.Module
-    normalise: Callable[[Any], jax.Array]  # on the device, so that bytes travel
+    normalize: Callable[[Any], jax.Array]  # on the device, so that bytes travel
     size: int  # pixels of a side
     crop: float  # share of the shorter side that is seen
 
     def logits(self, variables: Variables, images: jax.Array) -> jax.Array:
-        return self.model.apply(variables, self.normalise(images))
+        return self.model.apply(variables, self.normalize(images))
 
     def initial(self, key: jax.Array) -> Variables:
         """Random variables."""
@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "squeezenet1_1": Network(squeezenet.SqueezeNet(), squeezenet.normalise, 227, 1.0),
-    "resnet18": Network(ImageNetResNet(18), resnet.normalise, 224, 0.875),
-    "resnet50": Network(ImageNetResNet(50), resnet.normalise, 224, 0.875),
+    "squeezenet1_1": Network(squeezenet.SqueezeNet(), squeezenet.normalize, 227, 1.0),
+    "resnet18": Network(ImageNetResNet(18), resnet.normalize, 224, 0.875),
+    "resnet50": Network(ImageNetResNet(50), resnet.normalize, 224, 0.875),
 }

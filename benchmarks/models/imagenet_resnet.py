@@ -21,7 +21,7 @@ class Block(nn.Module):
     if a bottleneck.
 
     Two 3 x 3 convolutions, or as a bottleneck 1 x 1, 3 x 3 and 1 x 1; a convolution on the shortcut
-    where the shape changes. A branch starts at zero (the scale of its last normalisation; Goyal and
+    where the shape changes. A branch starts at zero (the scale of its last normalization; Goyal and
     others 2017): without trained statistics the sum of the branches would grow with every block.
     """
 

@@ -31,14 +31,14 @@ class Block(nn.Module):
 
     channels: int
     stride: int
-    normalise: bool = True
+    normalize: bool = True
     shortcut: bool = True
     branch_variance: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
-        norm = _norm(self.normalise, use_running_average)
-        conv = partial(convolution, self.channels, use_bias=not self.normalise)
+        norm = _norm(self.normalize, use_running_average)
+        conv = partial(convolution, self.channels, use_bias=not self.normalize)
         y = conv(strides=self.stride, kernel_init=_he(1.0), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
         y = conv(kernel_init=_he(self.branch_variance), name="conv2")(y)
@@ -57,18 +57,18 @@ class ResNet(nn.Module):
     """Three stages of (depth - 2) / 6 blocks with 1, 2 and 4 times `width` channels: images ->
     (batch, num_classes).
 
-    `use_running_average` normalises by the stored statistics (collection `batch_stats`): each
+    `use_running_average` normalizes by the stored statistics (collection `batch_stats`): each
     example's loss is then its own. Otherwise by the batch's, and the mean over batches is no mean
     over examples.
 
-    Without normalisation the convolutions have biases, and every residual branch starts with 1 /
+    Without normalization the convolutions have biases, and every residual branch starts with 1 /
     (number of blocks) of its variance: the sum of the branches then starts as large as the input,
     however deep the network is."""
 
     depth: int = 20
     num_classes: int = 10
     width: int = 16
-    normalise: bool = True
+    normalize: bool = True
     shortcuts: bool = True
 
     @nn.compact
@@ -79,15 +79,15 @@ class ResNet(nn.Module):
             )
         blocks = (self.depth - 2) // 6
         x = convolution(
-            self.width, use_bias=not self.normalise, kernel_init=_he(1.0), name="conv1"
+            self.width, use_bias=not self.normalize, kernel_init=_he(1.0), name="conv1"
         )(x)
-        x = nn.relu(_norm(self.normalise, use_running_average)(name="bn1")(x))
-        branch_variance = 1 / (3 * blocks) if self.shortcuts and not self.normalise else 1.0
+        x = nn.relu(_norm(self.normalize, use_running_average)(name="bn1")(x))
+        branch_variance = 1 / (3 * blocks) if self.shortcuts and not self.normalize else 1.0
         for stage in (1, 2, 3):
             for index in range(blocks):
                 stride = 2 if stage > 1 and index == 0 else 1
                 channels = self.width * 2 ** (stage - 1)
-                made = (channels, stride, self.normalise, self.shortcuts, branch_variance)
+                made = (channels, stride, self.normalize, self.shortcuts, branch_variance)
                 x = Block(*made, name=f"layer{stage}_{index}")(x, use_running_average)
         return nn.Dense(self.num_classes, name="linear")(x.mean(axis=(1, 2)))
 
@@ -96,13 +96,13 @@ def _he(variance: float) -> Callable:
     return nn.initializers.variance_scaling(2 * variance, "fan_in", "truncated_normal")
 
 
-def _norm(normalise: bool, use_running_average: bool) -> Callable[..., Any]:
-    """Makes normalisation layers, or what stands in their place."""
-    if not normalise:
+def _norm(normalize: bool, use_running_average: bool) -> Callable[..., Any]:
+    """Makes normalization layers, or what stands in their place."""
+    if not normalize:
         return lambda name: lambda x: x
     return partial(nn.BatchNorm, use_running_average=use_running_average, momentum=0.9)
 
 
-def normalise(images: np.ndarray) -> jax.Array:
+def normalize(images: np.ndarray) -> jax.Array:
     """Images (..., 3) of 0 to 255 as the float32 inputs the trained weights expect."""
     return (jnp.asarray(images, jnp.float32) / 255 - CHANNEL_MEAN) / CHANNEL_STD

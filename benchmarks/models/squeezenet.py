@@ -38,7 +38,7 @@ class Fire(nn.Module):
 
 
 class SqueezeNet(nn.Module):
-    """Convolutions with biases and no normalisation, 1,235,496 weights: (batch, h, w, 3) -> (batch,
+    """Convolutions with biases and no normalization, 1,235,496 weights: (batch, h, w, 3) -> (batch,
     num_classes)."""
 
     num_classes: int = 1000
@@ -60,7 +60,7 @@ def _pool(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1)))
 
 
-def normalise(images: jax.Array) -> jax.Array:
+def normalize(images: jax.Array) -> jax.Array:
     """Images (..., 3), red green blue of 0 to 255, as the float32 inputs the trained weights
     expect."""
     return jnp.asarray(images, jnp.float32)[..., ::-1] - CHANNEL_MEAN

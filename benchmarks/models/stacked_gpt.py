@@ -27,7 +27,7 @@ class StackedGPT(nn.Module):
     """Pre-norm transformer: tokens (batch, length) -> logits (batch, length, vocab_size).
 
     The layers are stacked and scanned, so that the program does not grow with them, and
-    rematerialised. Each gathers its own weights from the mesh, just before it uses them. Left to
+    rematerialized. Each gathers its own weights from the mesh, just before it uses them. Left to
     itself, XLA would now and then rather send the activations: with sharded weights and sharded
     batches somebody has to say which of them travel."""
 

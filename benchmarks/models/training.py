@@ -1,4 +1,4 @@
-"""Training with Optax, for networks with and without batch normalisation."""
+"""Training with Optax, for networks with and without batch normalization."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
@@ -40,7 +40,7 @@ def train(
     the checkpoints.
 
     An epoch goes through all whole batches in an order of its own. A model with `batch_stats` is
-    called with `use_running_average`, and normalises in training by
+    called with `use_running_average`, and normalizes in training by
 
     - `statistics="batch"`: the batch's statistics, differentiated through, as usual; the running
       averages are kept.
@@ -137,7 +137,7 @@ def _forward(
 
 
 def half_squared_kernels(params: Any) -> jax.Array:
-    """Half the sum of squares of all kernels: neither biases nor the parameters of normalisation
+    """Half the sum of squares of all kernels: neither biases nor the parameters of normalization
     layers decay."""
     kernels = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
     return 0.5 * sum(jnp.sum(kernel**2) for kernel in kernels)
@@ -145,7 +145,7 @@ def half_squared_kernels(params: Any) -> jax.Array:
 
 @partial(jax.jit, static_argnames="model")
 def population_statistics(model: nn.Module, variables: Variables, inputs: jax.Array) -> Variables:
-    """The variables with the statistics of all `inputs`, every layer's under the normalisation of
+    """The variables with the statistics of all `inputs`, every layer's under the normalization of
     those before it.
 
     All inputs are one batch: no average of batches' statistics has the means and the variances of

@@ -15,7 +15,7 @@ class VGG11(nn.Module):
     left out."""
 
     num_classes: int = 10
-    normalise: bool = False
+    normalize: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, use_running_average: bool = True) -> jax.Array:
@@ -24,7 +24,7 @@ class VGG11(nn.Module):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
                 continue
             x = nn.Conv(layer, (3, 3), kernel_init=nn.initializers.he_normal())(x)
-            if self.normalise:
+            if self.normalize:
                 x = nn.BatchNorm(use_running_average, momentum=0.9)(x)
             x = nn.relu(x)
         x = nn.Dense(256, kernel_init=nn.initializers.he_normal())(x.reshape(len(x), -1))

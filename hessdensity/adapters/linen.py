@@ -1,34 +1,18 @@
-"""Flax models as ``loss(params, batch)``. A plain JAX function needs no adapter.
-
-A batch is ``(inputs, targets)``, or ``(inputs, targets, mask)``: ``criterion(outputs, *rest)`` is
-called with all but the inputs and returns a mean or a `Total`. `hessdensity.losses` has the usual
-criteria.
-
-Batch normalisation. A model that carries statistics must be told what they are, for the Hessian
-depends on it and neither is a detail (one small network: largest eigenvalue 1.38 with stored
-statistics, 1.06 with the batch's):
-
-- ``batch_statistics="stored"``: evaluation mode, the running averages held fixed;
-- ``batch_statistics="batch"``: training mode, differentiated through. The Hessian then depends on
-  how the data are cut into batches, and is that of the mean over these batches.
-
-Statistics are never written.
-"""
+"""Flax linen models as ``loss(params, batch)``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax.tree_util import Partial
 
 from hessdensity.losses.total import Loss
+from hessdensity.vectors.trees import PyTree
 
-PyTree = Any
-Criterion = Callable[..., Any]
-BatchStatistics = Literal["stored", "batch"] | None
+from .batch import BatchStatistics, Criterion, check_mode, parts
 
 
 def from_linen(
@@ -41,18 +25,21 @@ def from_linen(
 ) -> tuple[Loss, PyTree]:
     """``(loss, params)`` of a Flax linen model.
 
-    Args: model: a ``flax.linen.Module``, called as ``model.apply(variables, inputs,
-      **call_options)``. variables: what ``model.init`` gave or training left: ``params`` and any
-      other collections, held fixed. criterion: ``criterion(outputs, *targets)``. batch_statistics:
-      ``"stored"`` or ``"batch"``; to be given if, and only if, ``variables`` has ``batch_stats``.
+    Args:
+      model: a ``flax.linen.Module``, called as ``model.apply(variables, inputs, **call_options)``.
+      variables: what ``model.init`` gave or training left: ``params`` and any other collections,
+        held fixed.
+      criterion: ``criterion(outputs, *targets)``.
+      batch_statistics: ``"stored"`` or ``"batch"``; to be given if, and only if, ``variables`` has
+        ``batch_stats``.
       call_options: keyword arguments of the model's ``__call__``, such as ``deterministic=True``.
-      Its switch between
-        stored and batch statistics (``use_running_average`` or ``train``, say) is one of them, and
-        is yours to set in agreement: with ``"stored"`` a model that would write its statistics is
-        refused by Flax.
+        Its switch between stored and batch statistics (``use_running_average`` or ``train``, say)
+        is one of them, and is yours to set in agreement: with ``"stored"`` a model that would write
+        its statistics is refused by Flax.
 
-    Returns: The loss, a pytree whose leaves are the other collections (a new checkpoint compiles
-      nothing), and ``variables["params"]``.
+    Returns:
+      The loss, a pytree whose leaves are the other collections (a new checkpoint compiles nothing),
+      and ``variables["params"]``.
 
     Raises:
       TypeError: ``model`` is no linen module.
@@ -77,7 +64,7 @@ def from_linen(
             f"model.init returns: pass {{'params': params}}."
         )
     state = {name: collection for name, collection in variables.items() if name != "params"}
-    _check_mode(batch_statistics, bool(state.get("batch_stats")))
+    check_mode(batch_statistics, bool(state.get("batch_stats")))
     loss = _LinenLoss(
         model, criterion, batch_statistics == "batch", tuple(sorted(call_options.items()))
     )
@@ -95,11 +82,11 @@ class _LinenLoss:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether batches must not be cut, for the model normalises by their statistics."""
+        """Whether batches must not be cut, for the model normalizes by their statistics."""
         return self.train
 
     def __call__(self, state: PyTree, params: PyTree, batch: PyTree) -> Any:
-        inputs, *rest = _parts(batch)
+        inputs, *rest = parts(batch)
         variables = {"params": params, **state}
         if not self.train:
             outputs = self.model.apply(variables, inputs, **dict(self.options))
@@ -118,106 +105,3 @@ class _LinenLoss:
                     f"(given: {dict(self.options)})."
                 )
         return self.criterion(outputs, *rest)
-
-
-def from_nnx(
-    model: Any, criterion: Criterion, *, batch_statistics: BatchStatistics = None
-) -> tuple[Loss, PyTree]:
-    """``(loss, params)`` of a Flax NNX model.
-
-    Args: model: a ``flax.nnx.Module``, called as ``model(inputs)``; neither changed nor kept.
-      Dropout is switched off. criterion: ``criterion(outputs, *targets)``. batch_statistics:
-      ``"stored"`` or ``"batch"``; to be given if, and only if, the model has ``nnx.BatchStat``
-        variables.
-
-    Returns: The loss, a pytree whose leaves are all variables but the parameters (a new checkpoint
-      compiles nothing), and the parameters, an ``nnx.State`` of ``nnx.Param``.
-
-    Raises:
-      TypeError: ``model`` is no NNX module.
-      ValueError: ``batch_statistics`` is missing or superfluous; the model has no parameters.
-
-    Example:
-      >>> from flax import nnx
-      >>> from hessdensity import losses
-      >>> loss, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), losses.mean_squared_error)
-      >>> loss(params, (jax.numpy.ones((4, 3)), jax.numpy.ones((4, 2)))).shape
-      ()
-    """
-    from flax import nnx
-
-    if not isinstance(model, nnx.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a flax.nnx.Module (for Flax linen: "
-            "from_linen)."
-        )
-    graph, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
-    if not params:
-        raise ValueError(
-            f"model, a {type(model).__name__}, has no nnx.Param variables; nothing to "
-            "differentiate by."
-        )
-    _check_mode(batch_statistics, bool(statistics))
-    return Partial(
-        _NnxLoss(graph, criterion, batch_statistics == "batch"), statistics, rest
-    ), params
-
-
-@dataclass(frozen=True)
-class _NnxLoss:
-    """Equal for equal model graphs, as `_LinenLoss`."""
-
-    graph: Any
-    criterion: Criterion
-    train: bool
-
-    @property
-    def whole_batch(self) -> bool:
-        """Whether batches must not be cut, for the model normalises by their statistics."""
-        return self.train
-
-    def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
-        from flax import nnx
-
-        inputs, *targets = _parts(batch)
-        model = nnx.merge(self.graph, params, statistics, rest, copy=True)
-        # A merged copy: what the call writes into its statistics is dropped with it.
-        model.set_attributes(deterministic=True, raise_if_not_found=False)
-        model.set_attributes(use_running_average=not self.train, raise_if_not_found=False)
-        outputs = model(inputs)
-        before, after = (
-            jax.tree.leaves(statistics),
-            jax.tree.leaves(nnx.state(model, nnx.BatchStat)),
-        )
-        if before and self.train != any(
-            old is not new for old, new in zip(before, after, strict=True)
-        ):
-            raise ValueError(
-                f"batch_statistics={'batch' if self.train else 'stored'!r}, but the model chose "
-                "the other kind itself; drop use_running_average from the calls of its "
-                "normalisation layers."
-            )
-        return self.criterion(outputs, *targets)
-
-
-def _parts(batch: PyTree) -> Sequence[PyTree]:
-    if not isinstance(batch, Sequence):
-        raise TypeError(
-            f"data: a batch is a {type(batch).__name__}; the adapters expect (inputs, targets) or "
-            "(inputs, targets, mask). Rearrange it in the loader, or write the loss as a function "
-            "of the whole batch."
-        )
-    return batch
-
-
-def _check_mode(batch_statistics: BatchStatistics, has_statistics: bool) -> None:
-    if has_statistics and batch_statistics not in ("stored", "batch"):
-        raise ValueError(
-            f"batch_statistics={batch_statistics!r}, but the model normalises by batch statistics, "
-            "and its Hessian depends on which: choose 'stored' (evaluation mode) or 'batch' "
-            "(training mode)."
-        )
-    if not has_statistics and batch_statistics is not None:
-        raise ValueError(
-            f"batch_statistics={batch_statistics!r}, but the model carries none; leave it out."
-        )

@@ -1,27 +1,28 @@
-"""One pass over the data: batches that can be iterated again, moved to the device one ahead, and
-what each pass saw."""
+"""Passes over the data: batches move to the device one ahead, and each pass equals the first."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors.trees import PyTree
 
-from .placement import Placement, leading_lengths
+from .batches import fresh, refuse_misuse
+from .placement import BatchPlacement
 
-PyTree = Any
+Count = int | float
+_PACKAGE = __name__.partition(".")[0]
 
 
-class Report(NamedTuple):
-    """What the computation says of one batch, or of a piece of it: scalars, on the device."""
+class BatchReport(NamedTuple):
+    """What a computation reports of one batch, or of a piece of it: scalars, on the device."""
 
     total: Any
     """Sum of the examples' losses."""
@@ -31,82 +32,61 @@ class Report(NamedTuple):
     """Whether every number computed is finite."""
 
 
-def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
-    """In-memory arrays as a list of batches: slices of ``batch_size`` examples, the last one
-    smaller.
-
-    Args:
-      arrays: a pytree of arrays that share their leading axis, such as ``(x, y)``.
-      batch_size: examples in a batch.
-
-    Raises:
-      ValueError: the arrays disagree in length, or ``batch_size`` < 1.
-
-    Example:
-      >>> [x.shape for x in batches(np.zeros((64, 3)), 30)]
-      [(30, 3), (30, 3), (4, 3)]
-    """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected a whole number of at least 1.")
-    for name, leaf in zip(_trees.paths(arrays), jax.tree.leaves(arrays), strict=True):
-        if not _is_array(leaf):
-            raise TypeError(
-                f"arrays: leaf {name!r} is a {type(leaf).__name__}; expected arrays, as np.asarray "
-                "makes of lists."
-            )
-    lengths = leading_lengths(arrays)
-    length = next(iter(lengths.values()), None)
-    if length is None or len(set(lengths.values())) != 1:
-        raise ValueError(f"arrays must share their leading axis, but their lengths are {lengths}.")
-    slices = [slice(start, start + batch_size) for start in range(0, length, batch_size)]
-    return [jax.tree.map(lambda array, rows=rows: array[rows], arrays) for rows in slices]
-
-
 class Passes:
-    """Data that can be gone through again and again, and the memory of what the first pass saw.
+    """Data that can be iterated again and again, and a memory of what the first pass saw.
 
     Args:
       source: anything that can be iterated twice, or a function that returns a fresh iterator.
-      placement: where batches go and in which pieces; to the default device whole, if None.
+      placement: where batches go, and in which pieces; None for whole batches on the default
+        device.
 
     Raises:
-      TypeError: ``source`` is a one-shot iterator, a bare batch, or nothing iterable.
+      TypeError: ``source`` is a one-shot iterator, a bare batch, or not iterable.
     """
 
-    def __init__(self, source: Any, placement: Placement | None = None) -> None:
+    def __init__(self, source: Any, placement: BatchPlacement | None = None) -> None:
         refuse_misuse(source)
         self._source = source
-        self._placement = placement or Placement()
-        self._first: tuple[np.ndarray, list[int | float]] | None = None
-        self._spread: float | None = None
-        self._passes = 0
+        self._placement = placement or BatchPlacement()
+        self._first: tuple[np.ndarray, list[Count]] | None = None
+        self._first_program: Callable[[], float] | None = None
+        self._spreads: dict[Any, float] = {}
+        self.num_passes = 0
+        """Passes that have been compared with the first one, which counts too."""
         self.shuffled = False
+        """Whether a pass held the same examples as the first one in another order."""
 
     def __iter__(self) -> Iterator[tuple[int, PyTree]]:
-        """(number of the batch, piece of it on the devices), handed over when the transfer of the
-        next has begun."""
+        """(number of the batch, a piece of it on the devices).
+
+        A piece is handed over when the transfer of the next one has begun.
+        """
         ahead: tuple[tuple[int, PyTree], ...] = ()
         for piece in self._placement.pieces(fresh(self._source)):
             yield from ahead
             ahead = (piece,)
         yield from ahead
         if not ahead:
-            again = " in a later pass, though the first one saw some: does it hand out an exhausted iterator?"
+            name = type(self._source).__name__
+            if self._first is None:
+                raise ValueError(f"data: {name} gave no batch; expected at least one.")
             raise ValueError(
-                f"data: {type(self._source).__name__} gave no batch"
-                + (again if self._first else "; expected at least one.")
+                f"data: {name} gave no batch in a later pass, though the first one saw some: does "
+                "it hand out an exhausted iterator?"
             )
 
     def accumulate(
-        self, step: Callable[[PyTree, int, PyTree], tuple[PyTree, Report]], total: PyTree
-    ) -> tuple[PyTree, list[Report]]:
+        self,
+        step: Callable[[PyTree, int, PyTree], tuple[PyTree, BatchReport]],
+        total: PyTree,
+    ) -> tuple[PyTree, list[BatchReport]]:
         """``total, report = step(total, number of the batch, piece of it)`` over one pass.
 
         Returns:
-          The last total; a report a batch, the sum of those of its pieces.
+          The last total; one report for each batch, the sum of those of its pieces.
         """
         indices: list[int] = []
-        reports: list[Report] = []
+        reports: list[BatchReport] = []
         for index, piece in self:
             # Dispatch is asynchronous: without this wait a fast loader would fill the device with
             # waiting batches.
@@ -116,66 +96,70 @@ class Passes:
             reports.append(report)
         return total, _by_batch(indices, jax.device_get(reports))
 
-    def record(self, reports: list[Report], rerun: Callable[[], float]) -> None:
-        """Note what a whole pass saw and compare it with the first pass.
+    def forgetful(self) -> Passes:
+        """The same data, of which no pass has been seen."""
+        return Passes(self._source, self._placement)
 
-        Args: reports: those of all batches, in order. rerun: the difference between the first
-          batch's mean losses when it is run twice, for operations that are
-            not deterministic; called only when the losses differ by more than rounding.
+    def record(
+        self, reports: list[BatchReport], program: Any, first_loss: Callable[[], float]
+    ) -> None:
+        """Note what a whole pass saw, and compare it with the first pass.
+
+        Args:
+          reports: those of all batches, in order.
+          program: names the program that has computed the losses; hashable.
+          first_loss: the mean loss of the first piece of data by that program. It is called only
+            where losses differ by more than float32 rounding. Its variation from run to run, and
+            from this program to that of the first pass, is what rounding explains.
 
         Raises:
           RuntimeError: this pass saw other data than the first one; names the pass and the batch.
         """
         counts = [report.count.item() for report in reports]
-        losses = np.array(
-            [
-                report.total.item() / (count or 1)
-                for report, count in zip(reports, counts, strict=True)
-            ]
-        )
-        self._passes += 1
-        if self._first is None:
-            self._first = losses, counts
+        pairs = zip(reports, counts, strict=True)
+        losses = np.array([report.total.item() / (count or 1) for report, count in pairs])
+        self.num_passes += 1
+        if self._first is None or self._first_program is None:
+            self._first, self._first_program = (losses, counts), first_loss
             return
-        expected, expected_counts = self._first
-        # Rounding alone leaves a deterministic program's losses what they were; what is not
-        # deterministic shows in a second run. Not the rounding unit of bfloat16, in whose shadow
-        # another subset would not be noticed.
-        epsilon = min(
-            float(np.finfo(np.float32).eps),
-            *(float(jnp.finfo(report.total.dtype).eps) for report in reports),
-        )
-        rounding = 64 * epsilon * np.mean(np.abs(expected))
-        differing = _differing(losses, counts, self._first, rounding)
-        if not differing:
-            return
-        if self._spread is None:
-            self._spread = rerun()
-        tolerance = max(rounding, 8 * self._spread)
+        # Not the rounding unit of bfloat16: another subset would go unnoticed in its shadow.
+        shortest = float(np.finfo(np.float32).eps)
+        epsilon = min(shortest, *(float(jnp.finfo(report.total.dtype).eps) for report in reports))
+        tolerance = 64 * epsilon * float(np.mean(np.abs(self._first[0])))
         differing = _differing(losses, counts, self._first, tolerance)
-        if not differing:
-            return
-        mean, expected_mean = (_mean(losses, counts), _mean(expected, expected_counts))
-        if (
-            _same_count(sum(counts), sum(expected_counts))
-            and abs(mean - expected_mean) <= tolerance
-        ):
+        if differing:
+            if program not in self._spreads:
+                found = [first_loss(), first_loss(), self._first_program()]
+                self._spreads[program] = max(found) - min(found)
+            tolerance = max(tolerance, 8 * self._spreads[program])
+            differing = _differing(losses, counts, self._first, tolerance)
+        if differing:
+            self._explain(losses, counts, differing[0], tolerance)
+
+    def _explain(
+        self, losses: np.ndarray, counts: list[Count], batch: int, tolerance: float
+    ) -> None:
+        """Warn of shuffled data, and refuse data that differ."""
+        assert self._first is not None
+        expected, expected_counts = self._first
+        mean, expected_mean = _mean(losses, counts), _mean(expected, expected_counts)
+        same_total = _same_count(sum(counts), sum(expected_counts))
+        if same_total and abs(mean - expected_mean) <= tolerance:
             if not self.shuffled:
                 warnings.warn(
-                    "data: the batches hold the same examples in another order in every pass (a "
-                    "shuffling loader). The Hessian is the same; pass shuffle=False for "
-                    "repeatable runs and checks batch by batch.",
+                    "data: every pass holds the same examples in another order (a shuffling "
+                    "loader). The Hessian is the same; pass shuffle=False for repeatable runs and "
+                    "for checks batch by batch.",
                     stacklevel=_callers_level(),
                 )
             self.shuffled = True
             return
         raise RuntimeError(
-            f"data: pass {self._passes} differs from pass 1, first in batch {differing[0]}: "
-            f"{_said(losses, counts, differing[0])}, was "
-            f"{_said(expected, expected_counts, differing[0])}; over the whole pass {sum(counts)} "
-            f"examples of mean loss {mean:.9g}, was {sum(expected_counts)} of {expected_mean:.9g}. "
-            "The operator would not be one matrix. Fix the subset, and switch off augmentation "
-            "and dropout."
+            f"data: pass {self.num_passes} differs from pass 1, first in batch {batch}: "
+            f"{_said(losses, counts, batch)}, was {_said(expected, expected_counts, batch)}; over "
+            f"the whole pass {sum(counts)} examples of mean loss {mean:.9g}, was "
+            f"{sum(expected_counts)} of {expected_mean:.9g}. The operator would not be one matrix. "
+            "Fix the subset, and switch off augmentation and dropout."
         )
 
     def describe(self) -> dict[str, Any]:
@@ -185,18 +169,18 @@ class Passes:
         losses, counts = self._first
         return {
             "num_examples": sum(counts),
-            "loss": float(_mean(losses, counts)),
+            "loss": _mean(losses, counts),
             "batch_losses": losses.tolist(),
             "shuffled": self.shuffled,
         }
 
 
-def total_count(reports: list[Report], what: str) -> int | float:
+def total_count(reports: list[BatchReport], what: str) -> Count:
     """The number of examples of a pass in which ``what`` was computed.
 
     Raises:
       FloatingPointError: it is not finite; names the batch.
-      ValueError: the counts add up to nothing.
+      ValueError: the counts add up to 0 or less.
     """
     for index, report in enumerate(reports):
         if not report.finite:
@@ -208,60 +192,55 @@ def total_count(reports: list[Report], what: str) -> int | float:
     count = sum(report.count.item() for report in reports)
     if not count > 0:
         raise ValueError(
-            f"loss: the counts of all batches add up to {count}; expected more than none."
+            f"loss: the counts of all batches add up to {count}; expected a positive number."
         )
     return count
 
 
-def _by_batch(indices: list[int], reports: list[Report]) -> list[Report]:
-    """One report a batch from those of the pieces, in order, and the numbers of their batches."""
+def _by_batch(indices: list[int], reports: list[BatchReport]) -> list[BatchReport]:
+    """One report for each batch, from those of its pieces in order."""
 
-    def merge(pieces: list[Report]) -> Report:
+    def merge(pieces: list[BatchReport]) -> BatchReport:
         if len(pieces) == 1:
             return pieces[0]
         totals, counts, finite = zip(*pieces, strict=True)
-        return Report(
-            np.sum(totals, dtype=float).astype(totals[0].dtype), np.sum(counts), all(finite)
-        )
+        total = np.sum(totals, dtype=float).astype(totals[0].dtype)
+        return BatchReport(total, np.sum(counts), all(finite))
 
     pairs = itertools.groupby(zip(indices, reports, strict=True), key=lambda pair: pair[0])
     return [merge([report for _, report in pieces]) for _, pieces in pairs]
 
 
 def _callers_level() -> int:
-    """The ``stacklevel`` of the first frame outside this package, for whoever calls
-    ``warnings.warn``."""
+    """The ``stacklevel`` for ``warnings.warn`` of the first frame outside this package."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith(__package__ or ""):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back
     return level
 
 
-def _mean(losses: np.ndarray, counts: list[int | float]) -> float:
+def _mean(losses: np.ndarray, counts: list[Count]) -> float:
     return float(np.dot(losses, counts) / (sum(counts) or 1))
 
 
-def _said(losses: np.ndarray, counts: list[int | float], index: int) -> str:
-    return (
-        f"{counts[index]} examples of mean loss {losses[index]:.9g}"
-        if index < len(counts)
-        else "no such batch"
-    )
+def _said(losses: np.ndarray, counts: list[Count], index: int) -> str:
+    if index >= len(counts):
+        return "no such batch"
+    return f"{counts[index]} examples of mean loss {losses[index]:.9g}"
 
 
-def _same_count(a: int | float, b: int | float) -> bool:
+def _same_count(a: Count, b: Count) -> bool:
     """Numbers of examples are exact; total weights are sums in float32."""
     return a == b if isinstance(a, int) else bool(np.isclose(a, b, rtol=1e-5))
 
 
 def _differing(
     losses: np.ndarray,
-    counts: list[int | float],
-    first: tuple[np.ndarray, list[int | float]],
+    counts: list[Count],
+    first: tuple[np.ndarray, list[Count]],
     tolerance: float,
 ) -> list[int]:
-    """Indices of the batches whose count, or whose loss beyond the tolerance, is another than in
-    the first pass."""
+    """Batches whose count, or whose loss by more than the tolerance, is not the first pass's."""
     expected, expected_counts = first
     common = min(len(counts), len(expected_counts))
     close = np.isclose(losses[:common], expected[:common], rtol=0, atol=tolerance, equal_nan=True)
@@ -271,69 +250,3 @@ def _differing(
         if not close[index] or not _same_count(counts[index], expected_counts[index])
     ]
     return differs + list(range(common, max(len(counts), len(expected_counts))))
-
-
-def fresh(source: Any) -> Iterator[PyTree]:
-    """An iterator over the batches from the first one on."""
-    if hasattr(source, "__iter__"):
-        return iter(source)
-    if hasattr(source, "__getitem__"):
-        # As a map-style dataset: its length alone may end it, where Python's own protocol waits for
-        # an IndexError.
-        return (
-            (source[index] for index in range(len(source)))
-            if hasattr(source, "__len__")
-            else iter(source)
-        )
-    made = source()
-    if not hasattr(made, "__iter__") and not hasattr(made, "__getitem__"):
-        raise TypeError(
-            f"data: the function returned a {type(made).__name__}; expected an iterator over "
-            "batches."
-        )
-    return fresh(made)
-
-
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def refuse_misuse(source: Any) -> None:
-    """Raise TypeError for what cannot be gone through twice, or is one batch."""
-    wrap = "wrap one batch in a list, [batch], or cut arrays into batches with hd.batches(arrays, batch_size)."
-    kind = type(source).__name__
-    if _is_array(source):
-        raise TypeError(f"data is a bare {kind}, which would be iterated row by row; {wrap}")
-    members = (
-        source.values()
-        if isinstance(source, Mapping)
-        else source
-        if isinstance(source, tuple)
-        else ()
-    )
-    if isinstance(source, Mapping) or (members and all(map(_is_array, members))):
-        raise TypeError(
-            f"data is a bare {kind} of arrays, one batch and not a collection of batches; {wrap}"
-        )
-    if isinstance(source, list) and len({np.ndim(x) for x in source if _is_array(x)}) > 1:
-        raise TypeError(
-            "data is a list of arrays of different rank, one batch and not a collection of "
-            f"batches; {wrap}"
-        )
-    if hasattr(source, "__next__") or (
-        hasattr(source, "__iter__") and isinstance(source, Iterator)
-    ):
-        raise TypeError(
-            f"data is a one-shot iterator ({kind}): a second pass would find it empty, and every "
-            "product is a pass. Give a list, a loader object, or a function that returns a fresh "
-            "iterator."
-        )
-    if (
-        not callable(source)
-        and not hasattr(source, "__iter__")
-        and not hasattr(source, "__getitem__")
-    ):
-        raise TypeError(
-            f"data is a {kind}; expected batches that can be iterated twice, or a function that "
-            "returns them."
-        )

@@ -15,23 +15,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
+from hessdensity.vectors.trees import PyTree
 
-from .processes import PLACED, RAGGED, Agreement, gather, rows
-
-PyTree = Any
-
-
-def leading_lengths(batch: PyTree) -> dict[str, int | None]:
-    """The length of each leaf's leading axis, None for a scalar, by the leaf's path."""
-    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    return {
-        name: shape[0] if shape else None
-        for name, shape in zip(_trees.paths(batch), shapes, strict=True)
-    }
+from .batches import leading_lengths
+from .processes import PLACED, RAGGED, ProcessBatches, gather, rows
 
 
-class Placement:
+class BatchPlacement:
     """Where batches go, and in which pieces.
 
     Host arrays, and arrays that JAX alone has put on its default device, go to the parameters'
@@ -39,14 +30,15 @@ class Placement:
     go to every device, at once no more than a device's share of the first batch, for so many fit.
     Arrays that the user has placed stay where they are.
 
-    Args: params: the parameters. data_axis: the mesh axis over which rows are split; over none if
-      it is None or the mesh has no such axis. microbatch: most examples of a piece, per process,
-      but at least one per device; None for no limit. whole: batches must not be cut, the loss not
-      being a mean over examples that do not know of each other.
+    Args:
+      params: the parameters. data_axis: the mesh axis over which rows are split; over none if it is
+      None or the mesh has no such axis. microbatch: most examples of a piece, per process, but at
+      least one per device; None for no limit. whole: batches must not be cut, the loss not being a
+      mean over examples that do not know of each other.
 
-    Raises: ValueError: ``microbatch`` < 1, or given where batches must not be cut; parameters on
-      different devices, or on a
-        mesh of some of the processes.
+    Raises:
+      ValueError: ``microbatch`` < 1, or given where batches must not be cut; parameters on
+        different devices, or on a mesh of some of the processes.
     """
 
     def __init__(
@@ -84,7 +76,7 @@ class Placement:
             None if microbatch is None else max(microbatch * self._processes // self._count, 1)
         )
         self._size = self._share and self._share * self._count
-        self._agreement = Agreement(_length)
+        self._agreement = ProcessBatches(_length)
 
     def pieces(self, batches: Iterator[PyTree]) -> Iterator[tuple[int, PyTree]]:
         """(the batch's number, a piece of it on the devices), placed as they are asked for."""
@@ -190,7 +182,7 @@ class Placement:
 
     def _check_devices(self, batch: PyTree, index: int) -> None:
         wanted = None if self._everywhere is None else self._everywhere.device_set
-        for name, leaf in zip(_trees.paths(batch), jax.tree.leaves(batch), strict=True):
+        for name, leaf in zip(trees.paths(batch), jax.tree.leaves(batch), strict=True):
             wanted = wanted or leaf.sharding.device_set
             if leaf.sharding.device_set != wanted:
                 raise ValueError(
@@ -231,7 +223,7 @@ def _arrays(batch: PyTree, index: int) -> PyTree:
 
     def convert(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, jax.Array):
-            return _trees.auto_axes(leaf)
+            return trees.auto_axes(leaf)
         try:
             array = np.asarray(leaf)
         except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-PyTree = Any
+from hessdensity.vectors.trees import PyTree
 
 ENDED, PLACED, RAGGED = -1, -2, -3
 """In place of a length: no more batches; arrays that the user has placed; leaves of different
@@ -24,7 +24,7 @@ _SAID = {
 }
 
 
-class Agreement:
+class ProcessBatches:
     """The lengths of all processes' batches: said in the first pass, relied on in later ones, where
     none waits for it.
 

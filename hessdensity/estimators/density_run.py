@@ -1,223 +1,201 @@
-"""A spectral density under way: Lanczos states that are complete after every step, so that it can
-be stopped at any."""
+"""A spectral density under way: Lanczos runs that can be stopped after every step."""
 
 from __future__ import annotations
-
-import logging
-from importlib.metadata import version
 
 import jax
 import numpy as np
 
 from hessdensity.krylov import lanczos
-from hessdensity.operators.protocol import Operator
-from hessdensity.runs import plan as planning
-from hessdensity.runs.progress import count, make_bar
-from hessdensity.runs.steps import Steps
+from hessdensity.krylov.lanczos import LanczosEngine, LanczosState
+from hessdensity.runs.plan import MemoryLayout
+from hessdensity.runs.run import Run
 from hessdensity.spectra import accuracy, deflation
 from hessdensity.spectra.density import CONVERGED, SpectralDensity
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.spectra.quadrature import Tridiagonal
-from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees as _trees
-from hessdensity.vectors.basis import on_device
+from hessdensity.vectors.random import random_block
 
-logger = logging.getLogger("hessdensity")
+from .settings import DensitySettings
 
-_DEFLATION = 2**31  # its start vector's number: no probe ever bears it
+_DEFLATION = 2**31  # the number of its start vector, which no probe ever has
 
 
 class DensityRun:
-    """A computation under way.
+    """The recurrences of a spectral density: one of the deflation, and groups of probes.
 
     Args:
-      operator: the operator.
+      run: drives them.
       key: decides the start vectors.
-      num_steps: Lanczos steps of a probe.
-      num_probes: probes.
-      deflation_steps: Lanczos steps of the deflation; without a basis the probes share them.
+      settings: the settings of the call.
       layout: where the bases are kept.
-      steps: what has been done, and where to note what is done.
-      progress: show a bar of products done.
     """
 
     def __init__(
-        self,
-        operator: Operator,
-        key: jax.Array,
-        num_steps: int,
-        num_probes: int,
-        deflation_steps: int,
-        layout: planning.Choice,
-        steps: Steps,
-        progress: bool,
+        self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
     ) -> None:
-        self._operator, self._key, self._layout, self._steps = operator, key, layout, steps
-        self._dimension = _trees.size(operator.like)
-        self._implicit = layout.basis == "none" and deflation_steps > 0
+        self._run, self._key, self._layout = run, key, layout
+        self._dimension, self._like = run.dimension, run.operator.like
+        self._implicit = layout.basis == "none" and settings.deflation_steps > 0
+        self._num_steps, self._deflation_steps = settings.num_steps, settings.deflation_steps
         if layout.basis == "none":
-            num_steps, deflation_steps = (
-                planning.without_basis(num_steps, num_probes, deflation_steps),
-                0,
-            )
-        self._num_steps = num_steps
-        self._deflation_steps = min(deflation_steps, self._dimension)
-        # Groups whose memory the next one takes cannot go on later; without bases nothing is in the
-        # way.
-        self._take_turns = layout.basis != "none" and layout.probes_at_once < num_probes
-        self._planned = self._deflation_steps + num_probes * min(
-            num_steps, self._dimension - self._deflation_steps
-        )
-        self._deflation: list[lanczos.LanczosState] = []  # none or one
-        self._groups: list[lanczos.LanczosState] = []  # probes that go through the data together
-        self._stopped: str | None = None
-        self._bar = make_bar("spectral density", self._planned, progress)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-    @property
-    def num_matvecs(self) -> int:
-        """Products done."""
-        return sum(state.diagonal.size for state in self._deflation + self._groups)
+            self._num_steps, self._deflation_steps = settings.steps_without_basis, 0
+        # Groups whose memory the next one takes cannot continue later. Without bases nothing is in
+        # the way.
+        self._take_turns = layout.basis != "none" and layout.probes_at_once < settings.num_probes
+        self._planned = layout.num_matvecs
+        self._deflation: LanczosEngine | None = None
+        self._groups: list[LanczosEngine] = []  # probes that go through the data together
 
     def deflate(self) -> None:
-        """The run whose basis the probes avoid."""
+        """Do the run whose basis the probes avoid."""
         if self._deflation_steps:
-            start = _trees.random_block(self._key, _DEFLATION, 1, self._operator.like)
-            self._deflation.append(
-                lanczos.init(start, self._deflation_steps, tier=self._layout.basis)
-            )
+            start = random_block(self._key, _DEFLATION, 1, self._like)
+            storage = self._layout.basis
+            state = lanczos.init(start, self._deflation_steps, basis_storage=storage)
+            self._deflation = LanczosEngine(state)
             self._advance(self._deflation)
 
     def add_probes(self, more: int) -> None:
-        """``more`` further probes of as many steps as those before, as many at once as the memory
-        is planned for."""
+        """Do ``more`` further probes, as many at once as the memory is planned for."""
         while more > 0:
             if self._groups and self._take_turns:
-                self._groups[-1] = lanczos.release(self._groups[-1])
+                last = self._groups[-1]
+                last.state = lanczos.release(last.state)
             together = min(more, self._layout.probes_at_once)
             self._add_group(together)
             more -= together
 
     def _add_group(self, together: int) -> None:
-        """Probes that go through the data together."""
-        first = sum(len(group.diagonal) for group in self._groups)
-        against = None
-        for state in self._deflation:
-            (run,) = _tridiagonals(state)
-            against = lanczos.Basis(state.basis, run.length, float(np.abs(run.eigh()[0]).max()))
-            if against.size == self._dimension:
+        """Do probes that go through the data together."""
+        deflated, norm = None, 0.0
+        if self._deflation is not None:
+            state = self._deflation.state
+            (run,) = tridiagonals(state)
+            deflated = state.basis._replace(size=run.length) if state.basis else None
+            norm = float(np.abs(run.eigh()[0]).max())
+            if run.length == self._dimension:
                 return  # every eigenvalue is known
-        start = _trees.random_block(self._key, first, together, self._operator.like)
-        self._groups.append(lanczos.init(start, self._num_steps, against, tier=self._layout.basis))
-        self._advance(self._groups)
+        first = sum(len(group.state.diagonal) for group in self._groups)
+        start = random_block(self._key, first, together, self._like)
+        state = lanczos.init(
+            start,
+            self._num_steps,
+            deflated,
+            basis_storage=self._layout.basis,
+            operator_norm=norm,
+        )
+        self._groups.append(LanczosEngine(state))
+        self._advance(self._groups[-1])
 
-    def _advance(self, states: list[lanczos.LanczosState]) -> None:
-        """Do the steps that are left of the last of the states: those on disk, then new ones."""
-        while not lanczos.complete(states[-1]) and (found := self._steps.take()):
-            states[-1] = lanczos.replay(states[-1], *found)
-            count(self._bar, len(states[-1].diagonal), read_back=True)
-        for state in lanczos.iterate(self._operator, states[-1]):
-            states[-1] = state
-            self._steps.add(*lanczos.last_step(state))
-            count(self._bar, len(state.diagonal))
+    def _advance(self, engine: LanczosEngine) -> None:
+        for _ in self._run.drive(engine):
+            pass
 
     def refine(self, tolerance: float, max_matvecs: int | None) -> None:
-        """More probes, or more steps of all probes, whichever error is larger, until the estimated
-        one is small."""
+        """Add probes, or steps to all probes, whichever error is larger, until it is small."""
         limit = 10 * self._planned if max_matvecs is None else max_matvecs
-        while (error := self._accuracy()).total > tolerance:
-            probes = sum(len(group.diagonal) for group in self._groups)
+        while (error := self.accuracy()).total > tolerance:
+            probes = sum(len(group.state.diagonal) for group in self._groups)
             more_probes = error.probes >= error.quadrature
             if more_probes:
-                # The noise falls as 1/sqrt(k): as many as bring it to what is left for it, at most
-                # twice as many.
+                # The noise falls as 1/sqrt(k): as many probes as bring it to what is left for it,
+                # at most twice as many.
                 left = max(tolerance - error.quadrature - error.coupling, tolerance / 2)
-                more = int(
-                    np.clip(np.ceil(probes * (error.probes / left) ** 2) - probes, 1, probes)
-                )
+                wanted = np.ceil(probes * (error.probes / left) ** 2) - probes
+                more = int(np.clip(wanted, 1, probes))
                 cost = more * self._num_steps
             else:
                 more = -(-self._num_steps // 4)
                 cost = more * probes
-            why = f"max_matvecs={limit} allow no more" if self.num_matvecs + cost > limit else None
-            if error.coupling >= tolerance:
-                why = f"{error.coupling:.2g} of it is deflation's coupling; begin with more deflation_steps, or 0"
-            if self._take_turns and not more_probes:
-                why = "more steps need the bases of all probes; begin with more num_steps, or with probes_at_once"
-            if why:
-                self.stop(
+            if why := self._obstacle(error, tolerance, more_probes, cost, limit):
+                self._run.stop(
                     f"the estimated error is {error.total:.2g}, tolerance={tolerance:g}: {why}"
                 )
                 return
-            self._bar.total = self.num_matvecs + cost
+            self._run.bar.total = self._run.num_matvecs + cost
             if more_probes:
                 self.add_probes(more)
             else:
-                self._num_steps += more
-                self._lengthen()
+                self._lengthen(more)
 
-    def _lengthen(self) -> None:
-        """Bring every group to the present number of steps, one after the other."""
-        for _ in range(len(self._groups)):
-            self._groups.append(lanczos.extend(self._groups.pop(0), self._num_steps))
-            self._advance(self._groups)
+    def _obstacle(
+        self,
+        error: accuracy.Accuracy,
+        tolerance: float,
+        more_probes: bool,
+        cost: int,
+        limit: int,
+    ) -> str | None:
+        """Why the tolerance cannot be reached, if it cannot."""
+        if self._take_turns and not more_probes:
+            return (
+                "more steps need the bases of all probes; begin with more num_steps, or with "
+                "probes_at_once"
+            )
+        if error.coupling >= tolerance:
+            return (
+                f"{error.coupling:.2g} of it is deflation's coupling; begin with more "
+                "deflation_steps, or 0"
+            )
+        if self._run.num_matvecs + cost > limit:
+            return f"max_matvecs={limit} allow no more"
+        return None
 
-    def stop(self, reason: str) -> None:
-        """Note why this is all there is."""
-        self._stopped = reason
-        logger.warning("spectral_density: %s; this is the density from the products done.", reason)
+    def _lengthen(self, more: int) -> None:
+        """Bring every group to more steps, one group after the other."""
+        self._num_steps += more
+        for group in self._groups:
+            group.state = lanczos.extend(group.state, self._num_steps)
+            self._advance(group)
 
     def _parts(self) -> tuple[Tridiagonal | None, list[Tridiagonal]]:
         """The tridiagonal matrices as far as they go: of the deflation, and of the probes."""
-        run = [t for state in self._deflation if state.diagonal.size for t in _tridiagonals(state)]
-        probes = [t for state in self._groups if state.diagonal.size for t in _tridiagonals(state)]
-        return run[0] if run else None, probes
+        run = None
+        if self._deflation is not None and self._deflation.state.diagonal.size:
+            (run,) = tridiagonals(self._deflation.state)
+        states = [group.state for group in self._groups if group.state.diagonal.size]
+        return run, [each for state in states for each in tridiagonals(state)]
 
-    def _accuracy(self) -> accuracy.Accuracy:
+    def accuracy(self) -> accuracy.Accuracy:
+        """The estimated error, by cause."""
         return accuracy.estimate(*self._parts(), self._dimension, implicit=self._implicit)
 
     def answer(self, keep_eigenspace: bool = False) -> SpectralDensity:
         """The density that the products done so far give."""
         run, probes = self._parts()
-        error = self._accuracy()
-        description = {
-            "operator": self._steps.describe(),
-            "num_steps": max((t.diagonal.size for t in probes), default=0),
-            "num_probes": len(probes),
-            "deflation_steps": run.diagonal.size if run else 0,
-            "basis": self._layout.basis,
-            "key": np.asarray(jax.random.key_data(self._key)).tolist(),
-            "error": {**error._asdict(), "total": error.total},
-            "spent": {
-                "deflation": run.diagonal.size if run else 0,
-                "probes": [list(group.diagonal.shape) for group in self._groups],
+        error, steps = self.accuracy(), run.diagonal.size if run else 0
+        description = self._run.describe(
+            num_steps=max((probe.diagonal.size for probe in probes), default=0),
+            num_probes=len(probes),
+            deflation_steps=steps,
+            basis=self._layout.basis,
+            error={**error._asdict(), "total": error.total},
+            spent={
+                "deflation": steps,
+                "probes": [list(group.state.diagonal.shape) for group in self._groups],
             },
-            "seconds": self._steps.seconds,
-            "stopped": self._stopped,
-            "versions": {package: version(package) for package in ("hessdensity", "jax", "numpy")},
-        }
+        )
         rules = deflation.combine(run, probes, self._dimension, implicit=self._implicit)
         eigenspace = self._eigenspace() if keep_eigenspace and run else None
-        return SpectralDensity(rules, self._dimension, self.num_matvecs, description, eigenspace)
+        return SpectralDensity(
+            rules, self._dimension, self._run.num_matvecs, description, eigenspace
+        )
 
     def _eigenspace(self) -> Eigenspace:
         """The Ritz pairs of the deflation, descending."""
-        (state,) = self._deflation
-        (run,) = _tridiagonals(state)
+        assert self._deflation is not None and self._deflation.state.basis is not None
+        state = self._deflation.state
+        (run,) = tridiagonals(state)
         values, vectors = run.eigh()
         residuals = run.residuals(vectors)
         converged = residuals <= CONVERGED * np.abs(values).max()
-        block = _basis.combine(map(on_device, state.basis), vectors.T[::-1], self._operator.like)
-        spent = run.diagonal.size
-        about = {"operator": self._steps.describe(), "stopped": self._stopped}
-        return Eigenspace(
-            values[::-1], block, residuals[::-1], converged[::-1], spent, spent, about
-        )
+        block = state.basis.combine(vectors.T[::-1], self._like)
+        steps = run.diagonal.size
+        pairs = values[::-1], block, residuals[::-1], converged[::-1]
+        return Eigenspace(*pairs, steps, steps, self._run.describe())
 
 
-def _tridiagonals(state: lanczos.LanczosState) -> list[Tridiagonal]:
-    parts = state.diagonal, state.off_diagonal, state.outside, state.noise
+def tridiagonals(state: LanczosState) -> list[Tridiagonal]:
+    """The tridiagonal matrix of each probe."""
+    parts = state.diagonal, state.off_diagonal, state.deflation_coupling, state.rounding_error
     return [Tridiagonal(*part) for part in zip(*parts, strict=True)]

@@ -138,9 +138,13 @@ def from_core(
     and u its part orthogonal to them, where u^T (A - A<W_i>) u = 1 / ((W^T A W)^-1)_ii and u^T u =
     1 / ((W^T W)^-1)_ii.
 
-    Args: core: (k, k) W^T A W. gram: (k, k) W^T W. products: (r, k) the products A w_i in an
-      orthonormal basis, in columns. dimension: N. shift: added to the operator, and N times taken
-      from the trace: it must exceed the rounding of ``core``.
+    Args:
+      core: (k, k) W^T A W.
+      gram: (k, k) W^T W.
+      products: (r, k) the products A w_i in an orthonormal basis, in columns.
+      dimension: N.
+      shift: added to the operator, and N times taken from the trace: it must exceed the rounding of
+        ``core``.
 
     Raises:
       ValueError: a Rayleigh quotient among the test vectors is negative, beyond the shift.

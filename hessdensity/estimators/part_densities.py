@@ -1,29 +1,35 @@
-"""How far would the spectrum change with other data from the same source? The spectra of disjoint
-parts tell."""
+"""How far would the spectrum change with other data? The spectra of disjoint parts tell."""
 
 from __future__ import annotations
 
-import logging
-import time
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from hessdensity.data.passes import Count
 from hessdensity.krylov import lanczos
+from hessdensity.krylov.lanczos import LanczosEngine
+from hessdensity.operators.algebra import Wrapper
 from hessdensity.operators.hessian import Hessian
-from hessdensity.operators.protocol import check, describe
-from hessdensity.runs.progress import make_bar
+from hessdensity.operators.protocol import check
+from hessdensity.runs.memory import free_memory
+from hessdensity.runs.plan import plan_from_sizes
+from hessdensity.runs.run import Run, key_data
 from hessdensity.spectra.density import SpectralDensity
-from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
-from hessdensity.vectors import trees as _trees
+from hessdensity.spectra.estimate import DataEstimate, estimate_of_parts
+from hessdensity.spectra.quadrature import gauss_rule
+from hessdensity.text import plural, table
+from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
+from hessdensity.vectors.trees import Block
 
-from .data_error import DataEstimate, estimate_of_parts
-
-PyTree = Any
-logger = logging.getLogger("hessdensity")
+from .density_run import tridiagonals
+from .settings import PartSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +129,7 @@ class PartDensities:
         return same and theirs.get("deflation_steps") == 0
 
     def __str__(self) -> str:
-        rows = {
+        functionals: dict[str, Callable[[SpectralDensity], Any]] = {
             "largest node": lambda density: density.extremes().largest,
             "smallest node": lambda density: density.extremes().smallest,
             "trace": lambda density: density.trace(),
@@ -131,35 +137,33 @@ class PartDensities:
         }
         low, high = self.counts.min(), self.counts.max()
         examples = f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
-        lines = [
-            f"Spectra of {len(self.counts)} parts of the data, {examples} examples each, n = "
-            f"{self.densities[0].dimension:,}",
-            f"  {'':<15} {'mean':>11} ± {'of the data':<11}  {'parts from':>11} {'to':>11}",
-        ]
-        for name, functional in rows.items():
+        rows = [("", "mean ± of the data", "parts from", "to")]
+        for name, functional in functionals.items():
             found = self.estimate(functional)
-            low, high = found.parts.min(), found.parts.max()
-            lines.append(
-                f"  {name:<15} {found.value:>11.5g} ± {found.standard_error:<11.2g}  {low:>11.5g} "
-                f"{high:>11.5g}"
-            )
-        about = self.description
-        lines.append(
-            f"  {about['num_steps']} steps of {about['num_probes']} probes, {self.num_matvecs} "
-            "products"
+            ends = (f"{end:.5g}" for end in (found.parts.min(), found.parts.max()))
+            rows.append((name, f"{found.value:.5g} ± {found.standard_error:.2g}", *ends))
+        about, n = self.description, self.densities[0].dimension
+        steps = f"{about['num_steps']} steps of {plural(about['num_probes'], 'probe')}"
+        stopped = [f"  stopped: {about['stopped']}"] if about["stopped"] else []
+        return "\n".join(
+            [
+                f"Spectra of {len(self.counts)} parts of the data, {examples} examples each, "
+                f"n = {n:,}",
+                *table(rows, left={0}),
+                f"  {steps}, {plural(self.num_matvecs, 'product')}",
+                *stopped,
+            ]
         )
-        if about["stopped"]:
-            lines.append(f"  stopped: {about['stopped']}")
-        return "\n".join(lines)
 
 
 def part_densities(
     hessian: Hessian,
     key: jax.Array,
-    num_parts: int = 8,
+    num_parts: int = PartSettings.num_parts,
     *,
-    num_steps: int = 45,
-    num_probes: int = 2,
+    num_steps: int = PartSettings.num_steps,
+    num_probes: int = PartSettings.num_probes,
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> PartDensities:
     """The spectra of disjoint parts of the data, for error bars that describe the sample of data.
@@ -170,22 +174,27 @@ def part_densities(
     examples in random order, not sorted by class (shuffle them once, beforehand), and batches that
     do not depend on each other.
 
-    Args: hessian: a `Hessian`, with at least num_parts batches. key: JAX random key; probe i uses
-      ``fold_in(key, i)``, as in `spectral_density`. num_parts: J, at least 2. The standard errors
-      are themselves uncertain by 1/sqrt(2 (J - 1)) of theirs; but with
-        more parts each has fewer examples, and its spectrum is further from that of the whole.
+    Args:
+      hessian: a `Hessian`, with at least num_parts batches.
+      key: JAX random key; probe i uses ``fold_in(key, i)``, as in `spectral_density`.
+      num_parts: J, at least 2. The standard errors are themselves uncertain by 1/sqrt(2 (J - 1)) of
+        theirs; but with more parts each has fewer examples, and its spectrum is further from that
+        of the whole.
       num_steps: Lanczos steps m of a probe.
       num_probes: probes k; two or more tell what few probes add to the spread of the parts.
+      checkpoint: a folder. Every step is saved there, and a later call with the same arguments
+        resumes the run, as for `spectral_density`.
       progress: show a bar of products done on standard error.
 
-    Returns: `PartDensities`; ``.estimate(functional)`` gives the error bars. After Ctrl-C what the
-      steps done so far give: ``description["stopped"]`` says so.
+    Returns:
+      `PartDensities`; ``.estimate(functional)`` gives the error bars. After Ctrl-C what the steps
+      done so far give: ``description["stopped"]`` says so.
 
     Raises:
       TypeError: ``hessian`` is no `Hessian`, ``key`` no key.
       ValueError: a number that is none; fewer batches than parts.
       RuntimeError: the data come in another order in every pass, or differ between passes.
-      lanczos.NonFiniteProduct: a product is not finite.
+      NonFiniteProductError: a product is not finite.
 
     Cost: k m products, in m passes over the data. Memory: J k (m + 4) vectors.
 
@@ -201,53 +210,45 @@ def part_densities(
       >>> bool(0.02 < largest.standard_error < 0.3)  # sqrt(2/600) times 1.4 would be that of an isolated eigenvalue
       True
     """
+    settings = PartSettings(num_parts, num_steps, num_probes)
     operator = _Parts(hessian, num_parts)
-    sizes = {"num_steps": num_steps, "num_probes": num_probes}
-    for name, value in sizes.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name}={value!r}, expected a whole number of at least 1.")
-    check(operator, key)
-    began, stopped = time.perf_counter(), None
-    probes = _trees.random_block(key, 0, num_probes, hessian.like)
-    state = lanczos.init(_trees.join([probes] * num_parts), num_steps)
-    with make_bar("parts of the data", num_probes * state.num_steps, progress) as bar:
-        try:
-            for state in lanczos.iterate(operator, state):  # noqa: B007, B020
-                bar.update(num_probes)
-        except KeyboardInterrupt:
-            if not state.diagonal.size:
-                raise
-            stopped = f"interrupted after {state.diagonal.shape[1]} steps"
-            logger.warning(
-                "part_densities: %s; these are the densities from the products done.", stopped
+    dimension = check(operator, key)
+
+    def plan_table() -> str:
+        free = free_memory(hessian.like)
+        return str(plan_from_sizes(settings.computation, hessian, settings.layouts, free))
+
+    kept = {**dataclasses.asdict(settings), "key": key_data(key)}
+    options = {"checkpoint": checkpoint, "progress": progress, "vectors_per_product": num_parts}
+    run = Run(settings.computation, operator, kept, table=plan_table, **options)
+    probes = random_block(key, 0, num_probes, hessian.like)
+    engine = LanczosEngine(lanczos.init(trees.join([probes] * num_parts), num_steps))
+    run.bar.total = num_probes * engine.state.num_steps
+
+    def compute() -> None:
+        for _ in run.drive(engine):
+            pass
+
+    def answer() -> PartDensities:
+        rules = [gauss_rule(each) for each in tridiagonals(engine.state)]
+        densities = tuple(
+            SpectralDensity(
+                tuple(rules[first : first + num_probes]),
+                dimension,
+                run.num_matvecs,
+                {"part": index},
             )
-    done = state.diagonal.shape[1]
-    description = {
-        "operator": describe(hessian),
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
-        "num_steps": done,
-        "num_probes": num_probes,
-        "num_parts": num_parts,
-        "stopped": stopped,
-        "seconds": time.perf_counter() - began,
-    }
-    recurrences = zip(state.diagonal, state.off_diagonal, state.outside, state.noise, strict=True)
-    rules = [gauss_rule(Tridiagonal(*recurrence)) for recurrence in recurrences]
-    dimension = _trees.size(hessian.like)
-    densities = tuple(
-        SpectralDensity(
-            tuple(rules[first : first + num_probes]), dimension, num_probes * done, {"part": index}
+            for index, first in enumerate(range(0, len(rules), num_probes))
         )
-        for index, first in enumerate(range(0, len(rules), num_probes))
-    )
-    return PartDensities(
-        densities, np.array(operator.counts, float), num_probes * done, description
-    )
+        description = run.describe(num_steps=engine.num_done)
+        counts = np.array(description["operator"]["part_counts"], float)
+        return PartDensities(densities, counts, run.num_matvecs, description)
+
+    return run.execute(compute, answer)
 
 
-class _Parts:
-    """The Hessians of the parts as one operator, on blocks that hold the vectors of a part
-    together."""
+class _Parts(Wrapper):
+    """The Hessians of the parts as one operator, on blocks that hold a part's vectors together."""
 
     def __init__(self, hessian: Hessian, num_parts: int) -> None:
         if not isinstance(hessian, Hessian):
@@ -255,11 +256,15 @@ class _Parts:
                 f"hessian is a {type(hessian).__name__}; expected hd.Hessian(loss, params, data), "
                 "which alone knows of data to be divided. For some of the leaves give it where=."
             )
-        if not isinstance(num_parts, int | np.integer) or num_parts < 2:
-            raise ValueError(f"num_parts={num_parts!r}, expected a whole number of at least 2.")
-        self.like, self.counts = hessian.like, list[int | float]()
+        super().__init__(hessian)
         self._hessian, self._num_parts = hessian, num_parts
+        self._counts: list[Count] = []
 
-    def __matmul__(self, block: PyTree) -> PyTree:
-        product, self.counts = self._hessian.multiply_parts(block, self._num_parts)
+    def __matmul__(self, block: Block) -> Block:
+        product, self._counts = self._hessian.multiply_parts(block, self._num_parts)
         return product
+
+    def describe(self) -> dict[str, Any]:
+        """What the Hessian is; after a product also the examples in each part."""
+        counts = {"part_counts": self._counts} if self._counts else {}
+        return {**self._hessian.describe(), **counts}

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from hessdensity.krylov.lanczos import NonFiniteProduct
-from hessdensity.krylov.restarting import MERIT, BlockRun
+from hessdensity.krylov.restarted import RestartedLanczos
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.failures import explained
-from hessdensity.runs.memory import bytes_per_device, free_memory, in_words
-from hessdensity.runs.progress import count, make_bar
-from hessdensity.runs.steps import Steps
+from hessdensity.runs.memory import free_memory
+from hessdensity.runs.plan import plan_from_sizes
+from hessdensity.runs.run import Run, key_data
 from hessdensity.spectra.eigenspace import Eigenspace
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 from hessdensity.vectors.fingerprint import fingerprint
+from hessdensity.vectors.trees import Block
 
-PyTree = Any
+from .settings import EigenspaceSettings
+
 logger = logging.getLogger("hessdensity")
-
-_SMALL = 1000  # dimensions: all the basis there can be takes some megabytes, and then there is no restart
 
 
 def top_eigenspace(
@@ -32,12 +28,12 @@ def top_eigenspace(
     key: jax.Array,
     rank: int,
     *,
-    which: str = "LM",
-    tolerance: float = 1e-4,
-    block_size: int = 4,
+    which: str = EigenspaceSettings.which,
+    tolerance: float = EigenspaceSettings.tolerance,
+    block_size: int = EigenspaceSettings.block_size,
     basis_size: int | None = None,
     max_matvecs: int | None = None,
-    start: Eigenspace | PyTree | None = None,
+    start: Eigenspace | Block | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Eigenspace:
@@ -57,35 +53,42 @@ def top_eigenspace(
     was found in 60 runs of 60 from twice as large on, in 18 of 20 at 1.6 times, in 10 of 20 at 1.3
     times.
 
-    Args: operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Symmetric. key:
-      JAX random key of the start. rank: number of eigenpairs wanted, 1 to n. which: ``"LM"`` the
-      largest in magnitude, ``"LA"`` the algebraically largest, ``"SA"`` the smallest. tolerance: a
-      pair has converged when its residual is at most tolerance x max|lambda|. The eigenvalue is
-      then off
-        by far less, about residual^2 over the distance to its neighbours.
+    Args:
+      operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Symmetric.
+      key: JAX random key of the start.
+      rank: number of eigenpairs wanted, 1 to n.
+      which: ``"LM"`` the largest in magnitude, ``"LA"`` the algebraically largest, ``"SA"`` the
+        smallest.
+      tolerance: a pair has converged when its residual is at most tolerance x max|lambda|. The
+        eigenvalue is then off by far less, about residual^2 over the distance to its neighbors.
       block_size: vectors a pass over the data. Large ones need fewer passes and more products.
       basis_size: vectors that the basis may hold (default 3 rank + 4 block_size, or n up to n =
-      1,000); fewer need
-        more products. Each multiple eigenvalue found by a fresh start may add a block to it.
+        1,000); fewer need more products. Each multiple eigenvalue found by a fresh start may add a
+        block to it.
       max_matvecs: products after which what is there is returned (default 100 rank, at least
-      1,000). start: an `Eigenspace` of a similar operator, such as the last checkpoint's, or a
-      block of vectors: random
-        combinations of it start the run. One vector of the block remains random, for what is new.
+        1,000).
+      start: an `Eigenspace` of a similar operator, such as the last checkpoint's, or a block of
+        vectors: random combinations of it start the run. One vector of the block remains random,
+        for what is new.
       checkpoint: a folder. Every step is saved there, and a later call with the same arguments goes
         on from it, as for `spectral_density`.
       progress: show a bar of products done and pairs converged, on standard error.
 
-    Returns: `Eigenspace` of the wanted pairs, values descending algebraically for each ``which``.
-      Pairs that have not converged when max_matvecs is reached, or at Ctrl-C (then there may be
-      fewer than rank), are marked so.
+    Returns:
+      `Eigenspace` of the wanted pairs, values descending algebraically for each ``which``. Pairs
+      that have not converged when max_matvecs is reached, or at Ctrl-C (then there may be fewer
+      than rank), are marked so.
 
-    Raises: TypeError: ``operator`` is none, or ``key`` is no key. ValueError: an argument outside
-      its range; the operator turns out not to be symmetric. lanczos.NonFiniteProduct: a product is
-      not finite; its ``partial`` is the eigenspace before, if any.
+    Raises:
+      TypeError: ``operator`` is none, or ``key`` is no key.
+      ValueError: an argument outside its range; the operator turns out not to be symmetric.
+      NonFiniteProductError: a product is not finite; its ``partial`` is the eigenspace before, if
+        any.
 
     Cost: on the Hessian of a trained network with 15,910 weights, rank 10, some 50 products in 12
     passes; with block_size=1 some 28, each a pass. Memory: basis_size vectors, at a restart half as
-    many again, rank and a few blocks: with the defaults 5 rank + 10 block_size + 24 at most.
+    many again, rank and a few
+    blocks: with the defaults 5 rank + 10 block_size + 24 at most.
 
     Sources: Lanczos (1950); Golub and Underwood (1977) for blocks; Wu and Simon (2000) for the
     thick restart; Stewart (2001) for the form H V = Z T, in which a restart is a rotation.
@@ -97,121 +100,59 @@ def top_eigenspace(
       >>> space.values.round(3).tolist(), bool(space.converged.all())
       ([8.0, 8.0, -9.0], True)
     """
-    n = _check(operator, key, rank, which, tolerance, block_size)
-    block_size = min(block_size, n)
-    basis_size, max_matvecs = _sizes(rank, n, block_size, basis_size, max_matvecs)
-    settings = {
-        "computation": "top_eigenspace",
-        "key": np.asarray(jax.random.key_data(key)).tolist(),
+    n = check(operator, key)
+    settings = EigenspaceSettings(rank, which, tolerance, block_size, basis_size, max_matvecs)
+    block_size, basis_size, max_matvecs = settings.sizes(n)
+    _check_tolerance(operator, tolerance)
+    given = start.vectors if isinstance(start, Eigenspace) else start
+    free = free_memory(operator.like)
+
+    def table() -> str:
+        plan = plan_from_sizes(settings.computation, operator, settings.layouts, free)
+        return (
+            f"{plan}\n  A smaller basis_size (now {basis_size}; at least rank + 3 block_size), "
+            "block_size or rank needs less, as do more devices."
+        )
+
+    kept = {
         "rank": rank,
         "which": which,
         "tolerance": tolerance,
         "block_size": block_size,
         "basis_size": basis_size,
         "max_matvecs": max_matvecs,
-        "start": None if start is None else fingerprint(getattr(start, "vectors", start)),
+        "start": None if given is None else fingerprint(given),
+        "key": key_data(key),
     }
-    steps, stopped, free = Steps(checkpoint, operator, settings), None, free_memory(operator.like)
-    run = BlockRun(operator, key, rank, which, tolerance, block_size, basis_size, steps)
+    options = {"checkpoint": checkpoint, "progress": progress}
+    run = Run(settings.computation, operator, kept, table=table, **options)
+    engine = RestartedLanczos(operator.like, key, rank, which, tolerance, block_size, basis_size)
+
+    def compute() -> None:
+        engine.begin(given)
+        steps = run.drive(engine)
+        while not engine.complete:
+            if run.num_matvecs + block_size > max_matvecs:
+                run.stopped = f"max_matvecs={max_matvecs} reached"
+                return
+            next(steps)
+            run.bar.set_postfix_str(f"{engine.num_converged} of {rank} converged")
 
     def answer() -> Eigenspace:
-        kept = {
-            name: settings[name]
-            for name in ("which", "tolerance", "block_size", "basis_size", "key")
-        }
-        more = {
-            "operator": steps.describe(),
-            "seconds": steps.seconds,
-            "stopped": stopped,
-            "versions": {package: version(package) for package in ("hessdensity", "jax", "numpy")},
-        }
-        return run.answer({**kept, **more})
+        return Eigenspace(*engine.pairs(), run.num_matvecs, engine.num_passes, run.describe())
 
-    def table() -> str:
-        each = bytes_per_device(operator.like)
-        most = rank + basis_size * 3 // 2 + 4 * block_size
-        return (
-            f"top_eigenspace keeps {most} vectors of {in_words(each)}, {in_words(most * each)} on "
-            "each device, where "
-            f"{'an unknown amount' if free.device is None else in_words(free.device)} is free. A "
-            f"smaller basis_size (now {basis_size}; at least rank + 3 block_size), block_size or "
-            "rank needs less, as do more devices."
-        )
-
-    with (
-        steps.kept(),
-        explained(table, checkpoint),
-        make_bar("top eigenspace", None, progress) as bar,
-    ):
-        run.begin(start)
-        try:
-            while not run.complete:
-                if run.num_matvecs + block_size > max_matvecs:
-                    stopped = f"max_matvecs={max_matvecs} reached"
-                    break
-                read_back = steps.on_disk
-                count(bar, run.step(), read_back=read_back)
-                bar.set_postfix_str(f"{run.num_converged} of {rank} converged")
-            steps.check_data()
-        except KeyboardInterrupt:
-            if not run.num_passes:
-                raise
-            stopped = f"interrupted after {run.num_matvecs} products"
-        except FloatingPointError as error:
-            refusal = NonFiniteProduct(run.num_passes, str(error))
-            refusal.partial = answer() if run.num_passes else None
-            raise refusal from error
-    result = answer()
-    if not np.all(result.converged) or result.rank < rank:
-        reason = stopped or "the space is exhausted"
-        logger.warning(
-            "top_eigenspace: %s; %d of %d pairs have converged.",
-            reason,
-            result.converged.sum(),
-            rank,
-        )
-    return result
+    space = run.execute(compute, answer)
+    if not np.all(space.converged) or space.rank < rank:
+        reason = run.stopped or "the space is exhausted"
+        found = space.converged.sum()
+        logger.warning("top_eigenspace: %s; %d of %d pairs have converged.", reason, found, rank)
+    return space
 
 
-def _check(
-    operator: Operator, key: jax.Array, rank: int, which: str, tolerance: float, block_size: int
-) -> int:
-    """Refuse what cannot be computed; returns n."""
-    n = check(operator, key)
-    if not isinstance(rank, int | np.integer) or not 1 <= rank <= n:
-        raise ValueError(f"rank={rank!r}, expected a whole number from 1 to n = {n:,}.")
-    if not isinstance(block_size, int | np.integer) or block_size < 1:
-        raise ValueError(f"block_size={block_size!r}, expected a whole number of at least 1.")
-    if which not in MERIT:
-        raise ValueError(
-            f"which={which!r}, expected 'LM' (largest in magnitude), 'LA' (largest) or 'SA' "
-            "(smallest eigenvalues)."
-        )
-    finest = 32 * _trees.epsilon(operator.like)
+def _check_tolerance(operator: Operator, tolerance: float) -> None:
+    finest = 32 * trees.epsilon(operator.like)
     if not finest <= tolerance < 1:
         raise ValueError(
             f"tolerance={tolerance!r}, expected from {finest:.2g}, what rounding allows vectors of "
-            f"{_trees.scalar_dtype(operator.like)}, to 1: a share of max|lambda|."
+            f"{trees.scalar_dtype(operator.like)}, to 1: a share of max|lambda|."
         )
-    return n
-
-
-def _sizes(
-    rank: int, n: int, block_size: int, basis_size: int | None, max_matvecs: int | None
-) -> tuple[int, int]:
-    """(basis_size, max_matvecs), the defaults where they are None."""
-    if basis_size is None:
-        basis_size = n if n <= _SMALL else 3 * rank + 4 * block_size
-    if basis_size < min(rank + 3 * block_size, n):
-        raise ValueError(
-            f"basis_size={basis_size!r}, expected at least rank + 3 block_size = "
-            f"{rank + 3 * block_size}: the pairs wanted, a block to be multiplied, its products "
-            "and a fresh block."
-        )
-    max_matvecs = max(100 * rank, 1000) if max_matvecs is None else max_matvecs
-    if max_matvecs < rank + block_size:
-        raise ValueError(
-            f"max_matvecs={max_matvecs!r}, expected at least rank + block_size = "
-            f"{rank + block_size}: fewer products give fewer pairs."
-        )
-    return basis_size, max_matvecs

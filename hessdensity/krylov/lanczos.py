@@ -1,14 +1,17 @@
-"""k independent Lanczos recurrences by reverse communication, with reorthogonalisation.
+"""k independent Lanczos recurrences by reverse communication, with reorthogonalization.
 
 The engine never calls an operator: a state asks for ``operator @ state.vectors``, and `update`
 takes the answer. So the operator may stream from disk or run on many hosts, and progress,
 checkpoints and early stops belong to the loop.
 
-In exact arithmetic A V^T = V^T T + beta_m v_m e_m^T, with V orthonormal and T tridiagonal (Lanczos
-1950). Rounding destroys the orthogonality as soon as a Ritz value converges (Paige 1976), so that
-every new vector is orthogonalised again against all the earlier ones, kept in chunks of fixed size:
-each kernel is compiled once, however many the steps. Without a basis the Gauss rules stay right,
-but copies of converged Ritz values appear (`deflation.merge_ghosts`)."""
+In exact arithmetic each recurrence builds
+
+    A V = V T + beta_m v_m e_m^T,    V^T V = I,    T tridiagonal (Lanczos 1950).
+
+Rounding destroys the orthogonality as soon as a Ritz value converges (Paige 1976). So every new
+vector is orthogonalized again against all the earlier ones. Without a stored basis the Gauss rules
+stay right, but copies of converged Ritz values appear (`hessdensity.spectra.deflation`).
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessdensity.vectors import trees as _trees
-from hessdensity.vectors.basis import CHUNK as CHUNK
-from hessdensity.vectors.basis import TIERS as TIERS
-from hessdensity.vectors.basis import Basis as Basis
-from hessdensity.vectors.basis import (
-    append,
-    as_chunks,
-    norm,
-    orthogonalise,
-    orthogonalise_locally,
-    project_out,
-)
+from hessdensity.errors import NOT_FINITE, NonFiniteProductError
+from hessdensity.vectors import trees
+from hessdensity.vectors.basis import CHUNK, STORAGES, Basis, chunks_of
+from hessdensity.vectors.orthogonalize import orthogonalize, orthogonalize_locally, project_out
+from hessdensity.vectors.trees import Block
 
-PyTree = Any
+from .engine import Step, multiply
 
-_SCALARS = ("diagonal", "off_diagonal", "outside", "noise")
-_ASYMMETRY = 0.05  # far above the rounding of a model that computes in bfloat16, far below a rule that is no derivative
+ASYMMETRY = 0.05
+"""The part of a product, relative to the operator's norm, from which an operator counts as not
+symmetric: far above the rounding of a model in bfloat16, far below a rule that is no derivative."""
+
+_SCALARS = ("diagonal", "off_diagonal", "deflation_coupling", "rounding_error")
 
 
 class LanczosState(NamedTuple):
@@ -44,222 +43,230 @@ class LanczosState(NamedTuple):
     ``j`` below is the number of steps done, ``k`` that of probes.
     """
 
-    vectors: PyTree
-    """Block of the k vectors whose products are asked for; a probe that has ended has the zero
-    vector."""
-    previous: PyTree
-    """Block of the k vectors before them."""
-    basis: tuple[PyTree, ...]
-    """Chunks of CHUNK vectors a probe that hold vectors 0..j; those not yet reached are zero. Empty
-    in tier "none"."""
-    offload: bool
-    """Whether full chunks wait in the host's memory."""
-    against: Basis
+    vectors: Block
+    """The k vectors whose products are asked for; a probe that has ended has the zero vector."""
+    previous: Block
+    """The k vectors before them."""
+    basis: Basis | None
+    """Vectors 0..j of each probe, or None where they are not stored."""
+    deflated_basis: Basis
     """The basis, of one probe, that all probes stay orthogonal to."""
+    operator_norm: float
+    """A lower bound of the operator's norm, known beforehand: what is small beside it is rounding,
+    in the complement of ``deflated_basis`` too."""
     num_steps: int
     """Steps to be done in all."""
     diagonal: np.ndarray
-    """(k, j) float64, on the host: the diagonal of each T."""
+    """(k, j) float64, on the host: alpha, the diagonal of each T."""
     off_diagonal: np.ndarray
-    """(k, j) float64, on the host: entries below it, the last one (beta_m) dangling. 0 ends a
+    """(k, j) float64, on the host: beta, the entries below it; the last one dangles. 0 ends a
     probe."""
-    outside: np.ndarray
-    """(k, j, r) float64, on the host: parts of the products along ``against``, r its vectors and
-    zeros."""
-    noise: np.ndarray
-    """(k,) float64, on the host: the largest part of a product that lay along earlier vectors,
-    where there is none in exact arithmetic, or a few rounding units of the norm: how far the
-    entries of T can be trusted."""
-
-
-class NonFiniteProduct(FloatingPointError):
-    """A product was not finite. ``step`` counts from 0; ``partial`` is the answer from the steps
-    before it, or None."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"Lanczos step {step}: {reason}")
-        self.step = step
-        self.partial: Any = None
+    deflation_coupling: np.ndarray
+    """(k, j, r) float64, on the host: components of the products along ``deflated_basis``, r being
+    its vectors, filled up with zeros to whole chunks."""
+    rounding_error: np.ndarray
+    """(k,) float64, on the host: how far the entries of T can be trusted. The largest part of a
+    product that lay along earlier vectors, where exact arithmetic has none, or a few rounding units
+    of the norm."""
 
 
 def init(
-    start_vectors: PyTree,
+    start_vectors: Block,
     num_steps: int,
-    against: PyTree | Basis | None = None,
+    deflated_basis: Block | Basis | None = None,
     *,
-    tier: str = "device",
+    basis_storage: str = "device",
+    operator_norm: float = 0.0,
 ) -> LanczosState:
     """The state before the first step.
 
-    Args: start_vectors: block of k vectors; normalised here. num_steps: Lanczos length m, at least
-      1. Clipped to the dimension that ``against`` leaves. against: block of m0 orthonormal vectors,
-      or the `Basis` of an earlier run, shared by all probes, that the whole
-        recurrence stays orthogonal to: it then belongs to the operator's compression to their
-        complement.
-      tier: where the basis is kept. ``"device"``; ``"host"``, full chunks in the host's memory,
-        each moved to the device and read there in every step; ``"none"``, nowhere: only the last
-        two vectors are orthogonalised against.
+    Args:
+      start_vectors: block of k vectors; they are normalized here.
+      num_steps: Lanczos length m, at least 1. Clipped to the dimension that ``deflated_basis``
+        leaves.
+      deflated_basis: block of m0 orthonormal vectors, or the `Basis` of an earlier run. All probes
+        share it and stay orthogonal to it: each recurrence then belongs to the operator's
+        compression to its complement.
+      basis_storage: where the basis is kept. ``"device"``; ``"host"``, full chunks in the host's
+        memory, each moved to the device and read there in every step; ``"none"``, nowhere: each
+        vector is orthogonalized against the last two alone.
+      operator_norm: a lower bound of the operator's norm, if one is known.
 
-    Raises: ValueError: num_steps < 1, an unknown tier, or a start vector that is zero or not
-      finite, or lies in the span of
-        ``against``.
+    Raises:
+      ValueError: num_steps < 1; an unknown ``basis_storage``; a start vector that is zero, or not
+        finite, or lies in the span of ``deflated_basis``.
 
-    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8. On the device
-    there are of these 4 k and a few chunks with "host"; with "none" there are 4 k in all."""
+    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8. With "host",
+    4 k of these and a few chunks are on the device; with "none" there are 4 k in all.
+    """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")
-    if tier not in TIERS:
-        raise ValueError(f"tier={tier!r}, expected one of {', '.join(map(repr, TIERS))}.")
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start_vectors
-    )
-    n, count = _trees.size(like), jax.tree.leaves(start_vectors)[0].shape[0]
-    if against is None:
-        against = Basis((), 0)
-    elif not isinstance(against, Basis):
-        against = Basis(as_chunks(against), jax.tree.leaves(against)[0].shape[0])
-    if against.size >= n:
+    if basis_storage not in STORAGES:
+        allowed = ", ".join(map(repr, STORAGES))
+        raise ValueError(f"basis_storage={basis_storage!r}, expected one of {allowed}.")
+    k, n = trees.count(start_vectors), trees.dimension(start_vectors)
+    deflated = _as_basis(deflated_basis)
+    if deflated.size >= n:
         raise ValueError(
-            f"against holds {against.size} vectors of dimension {n}; nothing is left for the "
-            "recurrence."
+            f"deflated_basis holds {deflated.size} vectors of dimension {n}; nothing is left for "
+            "the recurrence."
         )
-    with jax.default_matmul_precision("highest"):
-        before = norm(start_vectors)
-        vectors, _, after = orthogonalise(_normalise(start_vectors, before), against.chunks)
-        if not np.all(after > 64 * _trees.epsilon(like)):  # written so that a NaN is refused
-            raise ValueError(
-                f"start_vectors have norms {np.asarray(before)}, and {after} of each is left "
-                "outside of `against`; expected finite vectors that are not zero there."
-            )
-        vectors = _normalise(vectors, jnp.asarray(after))
-        return LanczosState(
-            vectors=vectors,
-            previous=jax.tree.map(jnp.zeros_like, vectors),
-            basis=() if tier == "none" else append((), vectors, 0, offload=False),
-            offload=tier == "host",
-            against=against,
-            num_steps=min(num_steps, n - against.size),
-            diagonal=np.zeros((count, 0)),
-            off_diagonal=np.zeros((count, 0)),
-            outside=np.zeros((count, 0, CHUNK * len(against.chunks))),
-            noise=np.zeros(count),
+    given = trees.norm(start_vectors)
+    vectors, _, left = orthogonalize(trees.normalize(start_vectors, given), deflated.chunks)
+    if not np.all(left > 64 * trees.epsilon(start_vectors)):  # written so that a NaN is refused
+        raise ValueError(
+            f"start_vectors have norms {np.asarray(given)}, and {left} of each lies outside of "
+            "deflated_basis; expected finite vectors that are not zero there."
         )
+    vectors = trees.normalize(vectors, jnp.asarray(left))
+    stored = None if basis_storage == "none" else Basis(offload=basis_storage == "host")
+    return LanczosState(
+        vectors=vectors,
+        previous=jax.tree.map(jnp.zeros_like, vectors),
+        basis=None if stored is None else stored.append(vectors),
+        deflated_basis=deflated,
+        operator_norm=operator_norm,
+        num_steps=min(num_steps, n - deflated.size),
+        diagonal=np.zeros((k, 0)),
+        off_diagonal=np.zeros((k, 0)),
+        deflation_coupling=np.zeros((k, 0, CHUNK * len(deflated.chunks))),
+        rounding_error=np.zeros(k),
+    )
 
 
-def update(state: LanczosState, product: PyTree) -> LanczosState:
-    """One step: takes ``operator @ state.vectors`` and gives the state that asks for the next
-    product.
+def _as_basis(given: Block | Basis | None) -> Basis:
+    if given is None:
+        return Basis()
+    return given if isinstance(given, Basis) else Basis(tuple(chunks_of(given)), trees.count(given))
 
-    The state's memory is taken over: it may not be used again, save for what is on the host.
+
+def update(state: LanczosState, product: Block) -> LanczosState:
+    """One step: takes ``operator @ state.vectors``, gives the state that asks for the next product.
+
+    It takes over the state's memory: the state may not be used again, save for what is on the host.
 
     A probe ends where its Krylov space is invariant: beta <= 8 eps times what is known of the
-    operator's norm. Its off-diagonal is then exactly 0, its next vector 0, and the others go on. A
-    smaller beta would be rounding, a larger one does no harm: the vector that follows is orthogonal
-    to the others, whatever it is.
+    operator's norm. Its off-diagonal is then exactly 0, its next vector 0, and the others continue.
+    A smaller beta would be rounding. A larger one does no harm: the vector that follows is
+    orthogonal to the others, whatever it is.
 
-    Raises: NonFiniteProduct: the product holds a NaN or an infinity. ValueError: the operator is
-      not symmetric. For a symmetric one the three terms leave nothing along the earlier
-        vectors; what the orthogonalisation takes away there tells, at no cost.
+    Raises:
+      NonFiniteProductError: the product holds a NaN or an infinity.
+      ValueError: the operator is not symmetric. The three terms of a symmetric one leave nothing
+        along the earlier vectors; what reorthogonalization takes away there tells, at no cost.
 
     Cost: reads the basis twice.
     """
     step = state.diagonal.shape[1]
-    with jax.default_matmul_precision("highest"):
-        last = state.off_diagonal[:, -1] if step else np.zeros(state.diagonal.shape[0])
-        residual, alpha = _recur(
-            product, state.vectors, state.previous, jnp.asarray(last, _trees.scalar_dtype(product))
+    # w = A v_j - beta_{j-1} v_{j-1},    alpha_j = w . v_j,    w <- w - alpha_j v_j
+    last = state.off_diagonal[:, -1] if step else np.zeros(len(state.diagonal))
+    beta_before = jnp.asarray(last, trees.scalar_dtype(product))
+    residual, alpha = _recur(product, state.vectors, state.previous, beta_before)
+    # The part along the deflated basis Q is a true coupling, where Q's span is not invariant:
+    # w <- w - Q (Q^T w), and Q^T w is kept.
+    residual, coupling = project_out(residual, state.deflated_basis.chunks)
+    # Against all that the recurrence should have left orthogonal: what is found there is rounding.
+    if state.basis is not None:
+        chunks = (*state.deflated_basis.chunks, *state.basis.chunks)
+        residual, removed, beta = orthogonalize(residual, chunks)
+    else:
+        residual, removed, beta = orthogonalize_locally(residual, state.vectors, state.previous)
+    alpha = np.asarray(alpha, float)
+    if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
+        raise NonFiniteProductError(step, NOT_FINITE)
+    epsilon, norm = trees.epsilon(product), _norm_of(state, alpha)
+    _refuse_asymmetric(step, removed, np.maximum(norm, beta))
+    # v_{j+1} = w / beta_j; the vector of a probe that has ended becomes zero.
+    beta = np.where(beta > 8 * epsilon * norm, beta, 0)
+    vectors = trees.normalize(residual, jnp.asarray(beta))
+    rounding = np.maximum.reduce([state.rounding_error, removed, 4 * epsilon * norm])
+    return _advanced(state, vectors, alpha, beta.astype(float), coupling, rounding)
+
+
+def _norm_of(state: LanczosState, alpha: np.ndarray) -> np.ndarray:
+    """What is known of the operator's norm, for each probe: (k,).
+
+    The largest row sum bounds the norm of T from above, within a factor of two.
+    """
+    rows = np.abs(np.concatenate([state.diagonal, alpha[:, None]], axis=1))
+    rows[:, :-1] += state.off_diagonal
+    rows[:, 1:] += state.off_diagonal
+    return np.maximum(rows.max(axis=1), state.operator_norm)
+
+
+def _refuse_asymmetric(step: int, removed: np.ndarray, norm: np.ndarray) -> None:
+    if np.any(removed > ASYMMETRY * norm):
+        raise ValueError(
+            f"Lanczos step {step}: the operator is not symmetric, or not the same in every "
+            f"product. Of this product, {np.max(removed / norm):.2g} of the operator's norm lies "
+            "along earlier vectors, where a symmetric operator has nothing. "
+            "hd.verify_operator(operator, key) tells more."
         )
-        residual, along = project_out(
-            residual, state.against.chunks
-        )  # a true coupling, if it is not invariant
-        if state.basis:
-            residual, removed, beta = orthogonalise(residual, (*state.against.chunks, *state.basis))
-        else:
-            residual, removed, beta = orthogonalise_locally(residual, state.vectors, state.previous)
-        alpha = np.asarray(alpha, float)
-        if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
-            raise NonFiniteProduct(
-                step,
-                "the operator's product is not finite. Look for overflow, or for log(0) and 0/0.",
-            )
-        diagonal = np.concatenate([state.diagonal, alpha[:, None]], axis=1)
-        epsilon = _trees.epsilon(product)
-        # The largest row sum bounds the norm of T from above, within a factor of two.
-        rows = np.abs(diagonal)
-        rows[:, :-1] += state.off_diagonal
-        rows[:, 1:] += state.off_diagonal
-        size = np.maximum(rows.max(axis=1), state.against.norm)
-        whole = np.maximum(size, beta)
-        if np.any(removed > _ASYMMETRY * whole):
-            raise ValueError(
-                f"Lanczos step {step}: the operator is not symmetric, or not the same in every "
-                f"product. Of this one, {np.max(removed / whole):.2g} of the operator's norm lies "
-                "along earlier vectors, where a symmetric one has nothing. "
-                "hd.verify_operator(operator, key) tells more."
-            )
-        alive = beta > 8 * epsilon * size
-        # Dividing by an infinite number makes a zero vector of the residual of a probe that has
-        # ended.
-        vectors = _normalise(residual, jnp.asarray(np.where(alive, beta, np.inf), beta.dtype))
-        noise = np.maximum.reduce([state.noise, removed, 4 * epsilon * size])
-        return _joined(state, vectors, alpha, np.where(alive, beta, 0.0), along, noise)
 
 
-def _joined(
+def _advanced(
     state: LanczosState,
-    vectors: PyTree,
+    vectors: Block,
     alpha: np.ndarray,
     beta: np.ndarray,
-    along: np.ndarray,
-    noise: np.ndarray,
+    coupling: np.ndarray,
+    rounding: np.ndarray,
 ) -> LanczosState:
     """The state with the results of one more step."""
     step, basis = state.diagonal.shape[1] + 1, state.basis
     return state._replace(
         vectors=vectors,
         previous=state.vectors,
-        basis=append(basis, vectors, step, state.offload)
-        if basis and step < state.num_steps
-        else basis,
+        basis=basis if basis is None or step == state.num_steps else basis.append(vectors),
         diagonal=np.concatenate([state.diagonal, alpha[:, None]], axis=1),
         off_diagonal=np.concatenate([state.off_diagonal, beta[:, None]], axis=1),
-        outside=np.concatenate([state.outside, along[:, None]], axis=1),
-        noise=noise,
+        deflation_coupling=np.concatenate([state.deflation_coupling, coupling[:, None]], axis=1),
+        rounding_error=rounding,
     )
 
 
-def last_step(state: LanczosState) -> tuple[PyTree, dict[str, Any]]:
-    """What the last step added to a state: its block of vectors, and its scalars as JSON takes
-    them."""
-    scalars = (state.diagonal[:, -1], state.off_diagonal[:, -1], state.outside[:, -1], state.noise)
-    return state.vectors, dict(zip(_SCALARS, (part.tolist() for part in scalars), strict=True))
+def last_step(state: LanczosState) -> Step:
+    """What the last step has added to a state."""
+    last = (state.diagonal[:, -1], state.off_diagonal[:, -1], state.deflation_coupling[:, -1])
+    values = (part.tolist() for part in (*last, state.rounding_error))
+    return Step(state.vectors, dict(zip(_SCALARS, values, strict=True)))
 
 
-def replay(state: LanczosState, vectors: PyTree, scalars: dict[str, Any]) -> LanczosState:
+def replay(state: LanczosState, step: Step) -> LanczosState:
     """`update` without a product, from what `last_step` gave of it: the same state, bit for bit."""
-    alpha, beta, along, noise = (np.asarray(scalars[name], float) for name in _SCALARS)
-    return _joined(state, vectors, alpha, beta, along.reshape(alpha.size, -1), noise)
+    alpha, beta, coupling, rounding = (np.asarray(step.scalars[name], float) for name in _SCALARS)
+    return _advanced(state, step.vectors, alpha, beta, coupling.reshape(alpha.size, -1), rounding)
 
 
 def extend(state: LanczosState, num_steps: int) -> LanczosState:
-    """The state with more steps to be done, ``num_steps`` in all, clipped as by `init`; never with
-    fewer."""
-    n = sum(leaf[0].size for leaf in jax.tree.leaves(state.vectors))
-    num_steps, done = min(num_steps, n - state.against.size), state.diagonal.shape[1]
+    """The state with ``num_steps`` steps to be done in all, clipped as by `init`; never fewer."""
+    n, done = trees.dimension(state.vectors), state.diagonal.shape[1]
+    num_steps, basis = min(num_steps, n - state.deflated_basis.size), state.basis
     if num_steps <= state.num_steps:
         return state
-    # The vector after the last step was not kept, since no step was to follow.
-    basis = state.basis
-    if basis and done == state.num_steps:
-        basis = append(basis, state.vectors, done, state.offload)
+    # The vector after the last step was not stored, since no step was to follow.
+    if basis is not None and done == state.num_steps:
+        basis = basis.append(state.vectors)
     return state._replace(num_steps=num_steps, basis=basis)
 
 
-def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
-    """The host loop, the only place that calls the operator: yields the state after each step that
-    is left.
+def complete(state: LanczosState) -> bool:
+    """Whether no step is left: all are done, or every probe has ended."""
+    done = state.diagonal.shape[1]
+    return done == state.num_steps or (done > 0 and not np.any(state.off_diagonal[:, -1]))
 
-    Ends after ``num_steps``, or when every probe has ended.
+
+def release(state: LanczosState) -> LanczosState:
+    """The state without its vectors: what it found remains, and no step can follow."""
+    deflated = Basis(size=state.deflated_basis.size)
+    return state._replace(vectors=None, previous=None, basis=None, deflated_basis=deflated)
+
+
+def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
+    """The plain host loop: yields the state after each step that is left.
+
+    It ends after ``num_steps``, or when every probe has ended. Long runs use
+    `hessdensity.runs.run.Run`, which also saves, resumes and counts.
 
     Example:
       >>> import hessdensity as hd
@@ -270,45 +277,54 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
       [[2.0, 2.0]]
 
     Raises:
-      NonFiniteProduct: names the step, and what the operator said of it (its batch).
+      NonFiniteProductError: a product is not finite; names the step.
 
-    Cost: one product with k vectors a step.
+    Cost: one product with k vectors in each step.
     """
     while not complete(state):
-        try:
-            product, _ = _trees.as_block(
-                operator @ state.vectors, operator.like, "the operator's product"
-            )
-        except FloatingPointError as error:
-            raise NonFiniteProduct(state.diagonal.shape[1], str(error)) from error
+        product = multiply(operator, state.vectors, state.diagonal.shape[1])
         state = update(state, product)
         yield state
 
 
-def complete(state: LanczosState) -> bool:
-    """Whether no step is left: all are done, or every probe has ended."""
-    done = state.diagonal.shape[1]
-    return done == state.num_steps or (done > 0 and not np.any(state.off_diagonal[:, -1]))
+class LanczosEngine:
+    """A `LanczosState` as an `Engine`, which a run can drive."""
 
+    def __init__(self, state: LanczosState) -> None:
+        self.state = state
 
-def release(state: LanczosState) -> LanczosState:
-    """The state without its vectors: what it found remains, and it cannot go on."""
-    return state._replace(
-        vectors=None, previous=None, basis=(), against=Basis((), state.against.size)
-    )
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left."""
+        return complete(self.state)
+
+    @property
+    def num_done(self) -> int:
+        """The number of steps done."""
+        return self.state.diagonal.shape[1]
+
+    def request(self) -> Block:
+        """The k vectors whose products are asked for."""
+        return self.state.vectors
+
+    def take(self, product: Block) -> Step:
+        """`update`."""
+        self.state = update(self.state, product)
+        return last_step(self.state)
+
+    def replay(self, step: Step) -> None:
+        """`replay`."""
+        self.state = replay(self.state, step)
 
 
 @jax.jit
 def _recur(
-    product: PyTree, vectors: PyTree, previous: PyTree, beta: jax.Array
-) -> tuple[PyTree, jax.Array]:
-    """The three-term recurrence: (A v - beta v_previous - alpha v, alpha). The product is the
-    operator's to keep."""
-    residual = _trees.subtract(product, beta, previous)
-    alpha = _trees.inner(residual, vectors)
-    return _trees.subtract(residual, alpha, vectors), alpha
+    product: Block, vectors: Block, previous: Block, beta: jax.Array
+) -> tuple[Block, jax.Array]:
+    """The three-term recurrence: (A v - beta v_previous - alpha v, alpha).
 
-
-@jax.jit
-def _normalise(vectors: PyTree, norms: jax.Array) -> PyTree:
-    return _trees.scale(vectors, 1 / norms)
+    The product is not donated: it belongs to the operator.
+    """
+    residual = trees.subtract(product, beta, previous)
+    alpha = trees.inner(residual, vectors)
+    return trees.subtract(residual, alpha, vectors), alpha

@@ -1,5 +1,4 @@
-"""What a loss may return, its mean over all the data, and the usual losses on top of a model's
-outputs."""
+"""What a loss may return: the mean over a batch's examples, or a `Total`."""
 
 from __future__ import annotations
 
@@ -10,11 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessdensity.data.passes import Passes, Report, total_count
-from hessdensity.data.placement import leading_lengths
-from hessdensity.vectors import trees as _trees
+from hessdensity.data.batches import leading_lengths
+from hessdensity.vectors.trees import PyTree
 
-PyTree = Any
 Loss = Callable[[PyTree, PyTree], Any]
 
 
@@ -103,79 +100,3 @@ def is_whole(loss: Any) -> bool:
     while isinstance(loss, partial) and not hasattr(loss, "whole_batch"):
         loss = loss.func
     return bool(getattr(loss, "whole_batch", False))
-
-
-def mean_gradient(loss: Loss, params: PyTree, passes: Passes) -> PyTree:
-    """Gradient of the mean loss over all the data, like ``params``. One pass, one gradient a batch."""
-
-    def step(total: PyTree, _: int, piece: PyTree) -> tuple[PyTree, Report]:
-        return _add_gradient(loss, params, total, piece)
-
-    total, reports = passes.accumulate(step, _trees.zeros(_trees.abstract(params)))
-    count = total_count(reports, "the gradient")
-    return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), total)
-
-
-@partial(jax.jit, donate_argnums=2)
-def _add_gradient(
-    loss: Loss, params: PyTree, total: PyTree, batch: PyTree
-) -> tuple[PyTree, Report]:
-    def value(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        return batch_total(loss, params, batch)
-
-    (batch_sum, count), gradient = jax.value_and_grad(value, has_aux=True)(params)
-    return _trees.add(total, gradient), Report(batch_sum, count, _trees.all_finite(gradient))
-
-
-# Losses on a model's outputs: criterion(outputs, batch's targets) -> mean, or Total. Optax has the
-# mathematics. ---------
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy; labels are integers (batch,) or one-hot (batch, classes)."""
-    import optax
-
-    labels = jnp.asarray(labels)
-    if labels.shape == logits.shape:
-        return optax.softmax_cross_entropy(logits, labels).mean()
-    if labels.shape != logits.shape[:-1]:
-        # Optax would broadcast a column of integers against the logits, and sum over the classes.
-        raise ValueError(
-            f"labels {labels.shape} fit logits {logits.shape} neither as integers "
-            f"{logits.shape[:-1]} nor as one-hot rows of the logits' shape; squeeze or reshape "
-            "them."
-        )
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def mean_squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean over examples and outputs of (prediction - target)^2, without the factor one half."""
-    import optax
-
-    if predictions.shape != targets.shape:
-        raise ValueError(
-            f"predictions {predictions.shape} and targets {targets.shape} differ in shape, and "
-            "would be broadcast against each other; reshape one of them."
-        )
-    return optax.squared_error(predictions, targets).mean()
-
-
-def next_token_cross_entropy(
-    logits: jax.Array, tokens: jax.Array, mask: jax.Array | None = None
-) -> Total:
-    """Cross-entropy of each token given those before it, over the tokens that count.
-
-    Args:
-      logits: (batch, length, vocabulary); position t predicts token t + 1.
-      tokens: (batch, length) integers.
-      mask: (batch, length), 1 for tokens to be predicted and 0 for padding; all count by default.
-
-    Returns:
-      `Total` over tokens: batches with more padding weigh less, as they should.
-    """
-    import optax
-
-    mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    counted = mask[:, 1:].astype(bool)
-    return Total(jnp.sum(jnp.where(counted, losses, 0)), jnp.sum(counted))

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import re
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessdensity.data.passes import Passes, Report, total_count
-from hessdensity.data.placement import Placement
-from hessdensity.losses.total import Loss, check_loss, is_whole, mean_gradient
-from hessdensity.vectors import trees as _trees
-from hessdensity.vectors.fingerprint import fingerprint
-from hessdensity.vectors.selection import Where, select
-
-from .derivatives import (
-    FORWARD_OVER_REVERSE,
+from hessdensity.data.passes import Count
+from hessdensity.losses.risk import (
     REVERSE_OVER_REVERSE,
-    group_size,
+    EmpiricalRisk,
+    divide,
     refuses_forward,
-    temporary_bytes,
 )
-from .derivatives import add_products as _add_products
+from hessdensity.losses.total import Loss
+from hessdensity.vectors import trees
+from hessdensity.vectors.selection import Where
+from hessdensity.vectors.trees import Block, PyTree, Vector
 
-PyTree = Any
-logger = logging.getLogger("hessdensity")
+from .derivatives import FORMS, PRODUCTS, group_size
+
+_ASYMMETRY = 0.05  # of a product, from which a custom_vjp rule counts as no derivative
 
 
 class Hessian:
     """The Hessian of the mean loss over all examples of the data, as an operator.
 
     H v = (1/N) sum over batches of d/de grad[sum of the batch's losses](params + e v) at e = 0, by
-    forward-over-reverse differentiation (Pearlmutter 1994): exact, one pass over the data for a
-    whole block of vectors, and some two gradients' cost a vector. N counts examples: uneven batches
-    are weighted as they should.
+    forward-over-reverse
+    differentiation (Pearlmutter 1994): exact, one pass over the data for a whole block of vectors,
+    and some two gradients' cost a vector. N counts examples: uneven batches are weighted as they
+    should.
 
-    Args: loss: ``loss(params, batch)``, the mean over the batch's examples, or `Total` where
-      examples are masked or
-        weighted. Batches may be cut into pieces. If examples of a batch depend on each other (batch
-        statistics), tell so by an attribute, ``loss.whole_batch = True``, as the adapters do; then
-        they are not.
+    Args:
+      loss: ``loss(params, batch)``, the mean over the batch's examples, or `Total` where examples
+        are masked or weighted. Batches may be cut into pieces. If examples of a batch depend on
+        each other (batch statistics), tell so by an attribute, ``loss.whole_batch = True``, as the
+        adapters do; then they are not.
       params: pytree of parameters. float16 and bfloat16 leaves become float32 here (their tangents
         must be); a model that computes in a shorter dtype goes on doing so.
       data: batches that can be iterated twice: a list, `batches`, a loader object, a function
-      returning an iterator. where: the leaves that form the vector, the others being held fixed: a
-      glob on paths such as ``"Dense_0/*"``, or
-        a predicate on the path. All by default.
+        returning an iterator.
+      where: the leaves that form the vector, the others being held fixed: a glob on paths such as
+        ``"Dense_0/*"``, or a predicate on the path. All by default.
       precision: matrix-product precision, as for ``jax.default_matmul_precision``. Accelerators
         otherwise shorten float32 products, an error of 1e-3 in H v. A ``precision=`` written in the
         model wins over it.
@@ -62,11 +56,12 @@ class Hessian:
       microbatch: most examples of a batch that go through the model at once, per process (one a
         device at least): less memory, the same sums.
 
-    Raises: TypeError: data that cannot be iterated twice; a selected leaf that is not real.
+    Raises:
+      TypeError: data that cannot be iterated twice; a selected leaf that is not real.
       ValueError: ``where`` matches nothing; an unknown ``precision``; ``microbatch`` with a loss of
-      whole batches. ValueError (in a product): params and a batch on different devices; a batch
-      that must not be cut, but does not
-        divide evenly; processes whose batches do not fit together.
+        whole batches.
+      ValueError (in a product): params and a batch on different devices; a batch that must not be
+        cut, but does not divide evenly; processes whose batches do not fit together.
       RuntimeError (in a product): the data differ from the first pass's.
       FloatingPointError (in a product): a product is not finite; names the batch.
 
@@ -93,34 +88,45 @@ class Hessian:
         data_axis: str | None = "data",
         microbatch: int | None = None,
     ) -> None:
-        _check_precision(precision)
-        params = _trees.auto_axes(params)
-        if not isinstance(data, Passes):
-            data = Passes(data, Placement(params, data_axis, microbatch, is_whole(loss)))
-        selection = select(params, where)
-        selected, held = selection.split(params)
-        self.params = jax.tree.map(_differentiable, _trees.named(selected), selected)
-        # A pytree whose static part compares equal for equal models: held leaves and statistics are
-        # arguments of the compiled product, so that a new checkpoint compiles nothing.
-        self.loss = jax.tree_util.Partial(selection, _as_partial(loss), held)
-        self.like = _trees.abstract(self.params)
-        self.precision = precision
-        self.mode = FORWARD_OVER_REVERSE
-        self._source = loss, params
-        self._passes = data
-        self._checked: set[Any] = set()
+        self.risk = EmpiricalRisk(
+            loss,
+            params,
+            data,
+            where=where,
+            precision=precision,
+            data_axis=data_axis,
+            microbatch=microbatch,
+        )
+        """The mean loss whose Hessian this is."""
+        self.like = self.risk.like
 
-    def __matmul__(self, vectors: PyTree) -> PyTree:
-        block, single = _trees.as_block(vectors, self.like)
+    @classmethod
+    def of(cls, risk: EmpiricalRisk) -> Hessian:
+        """The Hessian of a risk."""
+        self = cls.__new__(cls)
+        self.risk, self.like = risk, risk.like
+        return self
+
+    @property
+    def params(self) -> Vector:
+        """The selected parameters, at which derivatives are taken."""
+        return self.risk.params
+
+    @property
+    def mode(self) -> str:
+        """How products are taken: forward over reverse, or where the model refuses that, reverse."""
+        return self.risk.mode
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        block, single = trees.as_block(vectors, self.like)
         product, _ = self.multiply_parts(block, 1)
-        return _trees.first_vector(product) if single else product
+        return trees.first_vector(product) if single else product
 
-    def multiply_parts(self, block: PyTree, num_parts: int) -> tuple[PyTree, list[int | float]]:
-        """Products with the Hessians of disjoint parts of the data, batch i belonging to part i
-        modulo num_parts.
+    def multiply_parts(self, block: Block, num_parts: int) -> tuple[Block, list[Count]]:
+        """Products with the Hessians of disjoint parts of the data: batch i is in part i modulo J.
 
         Args:
-          block: num_parts k vectors, those of a part together.
+          block: J k vectors, those of a part together.
           num_parts: J.
 
         Returns:
@@ -132,50 +138,63 @@ class Hessian:
 
         Cost: one pass over the data with k vectors.
         """
-        try:
-            return self._multiply(block, self.mode, num_parts)
-        except TypeError as error:
-            if not refuses_forward(error):
-                raise
-            product, counts = self._multiply(block, REVERSE_OVER_REVERSE, num_parts)
-            self._check_symmetry(block, product, error, num_parts)
-            self.mode = REVERSE_OVER_REVERSE
-            logger.warning(
-                "The model has a custom_vjp: products go reverse over reverse, exact but slower."
+
+        def products(mode: str) -> tuple[Block, list[Count]]:
+            return self._multiply(block, mode, num_parts)
+
+        def verify(found: tuple[Block, list[Count]], cause: TypeError) -> None:
+            self._check_symmetry(block, found[0], num_parts, cause)
+
+        return self.risk.differentiate(products, verify)
+
+    def forms_by_batch(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """v.H_b v for the Hessian H_b of each batch's mean loss, of the batches with any example.
+
+        Returns:
+          (batches, k) float64; (batches,) numbers of examples.
+
+        Cost: one pass over the data with k vectors.
+        """
+        groups = trees.split(block, group_size(self.like))
+
+        def forms(mode: str) -> tuple[list[Any], list[Count]]:
+            return self.risk.fold(
+                FORMS[mode],
+                [(group,) for group in groups],
+                combine=lambda rows, sums, _: [*rows, sums],
+                initial=[],
+                what="a Hessian-vector product",
             )
-            return product, counts
+
+        def verify(_: Any, cause: TypeError) -> None:
+            first = groups[0]
+            product, _ = self._multiply(first, REVERSE_OVER_REVERSE, 1)
+            self._check_symmetry(first, product, 1, cause)
+
+        found, counted = self.risk.differentiate(forms, verify)
+        counts = np.array(counted, float)
+        rows = np.array([np.concatenate(row) for row in jax.device_get(found)], float)
+        return (rows / np.where(counts > 0, counts, 1)[:, None])[counts > 0], counts[counts > 0]
 
     def restrict(self, where: Where) -> Hessian:
         """The Hessian of fewer leaves, those of this one that match ``where``; the others join the
         held ones."""
-        loss, params = self._source
-        names, chosen = _trees.paths(self.like), select(self.like, where).chosen
-        kept = {name for name, selected in zip(names, chosen, strict=True) if selected}
-        return Hessian(
-            loss, params, self._passes, where=kept.__contains__, precision=self.precision
-        )
+        return Hessian.of(self.risk.restrict(where))
 
-    def gradient(self, offset: PyTree | None = None) -> PyTree:
-        """Gradient of the mean loss at ``params + offset`` with respect to the selected leaves,
-        like ``like``.
+    def gradient(self, offset: Vector | None = None) -> Vector:
+        """Gradient of the mean loss at ``params + offset`` by the selected leaves, like ``like``.
 
-        Raises FloatingPointError where it is not finite. Cost: one pass, one gradient a batch.
+        Raises:
+          FloatingPointError: it is not finite; names the batch.
+
+        Cost: one pass over the data, one gradient for each batch.
         """
-        point = self.params if offset is None else _trees.add(self.params, offset)
-        with jax.default_matmul_precision(self.precision):
-            return mean_gradient(self.loss, point, self._passes)
+        return self.risk.gradient(offset)
 
     def describe(self) -> dict[str, Any]:
         """What this operator is; after the first product also what its data were.
-        JSON-serialisable."""
-        return {
-            "kind": "Hessian",
-            "mode": self.mode,
-            "precision": self.precision,
-            "params": self._fingerprint,
-            "where": _trees.paths(self.like),
-            **self._passes.describe(),
-        }
+        JSON-serializable."""
+        return {"kind": "Hessian", **self.risk.describe()}
 
     def temporary_bytes(self, num_vectors: int) -> int:
         """Bytes on each device that a product with ``num_vectors`` takes beside its arguments and
@@ -183,174 +202,53 @@ class Hessian:
 
         Activations above all, of the largest piece of the first batch, as the compiler says. The
         product itself then has nothing left to compile. Reads one batch."""
-        _, piece = next(iter(self._passes))
-        self._check(piece)
-        with jax.default_matmul_precision(self.precision):
-            try:
-                return temporary_bytes(
-                    self.loss, self.params, self.like, num_vectors, piece, self.mode
-                )
-            except TypeError as error:
-                if not refuses_forward(error):
-                    raise
-                return temporary_bytes(
-                    self.loss, self.params, self.like, num_vectors, piece, REVERSE_OVER_REVERSE
-                )
 
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        return fingerprint((self.params, self.loss))
+        # Described, not made: whoever asks may be about to find out that they do not fit. And as
+        # uncommitted as the vectors themselves will be, or the program would be another.
+        def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = min(num_vectors, group_size(self.like)), *leaf.shape
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=trees.stacked_sharding(leaf, 1))
 
-    def _multiply(
-        self, block: PyTree, mode: str, num_parts: int = 1
-    ) -> tuple[PyTree, list[int | float]]:
-        size = jax.tree.leaves(block)[0].shape[0] // num_parts
-        parts = [_trees.split(part, group_size(self.like)) for part in _trees.split(block, size)]
+        block = jax.tree.map(describe, self.like)
+        try:
+            return self.risk.temporary_bytes(PRODUCTS[self.mode], block, zero=block)
+        except TypeError as error:
+            if not refuses_forward(error):
+                raise
+            return self.risk.temporary_bytes(PRODUCTS[REVERSE_OVER_REVERSE], block, zero=block)
 
-        def step(
-            totals: list[list[PyTree]], index: int, piece: PyTree
-        ) -> tuple[list[list[PyTree]], Report]:
-            turn = index % num_parts
-            totals[turn], report = self._add(parts[turn], totals[turn], piece, mode)
-            return totals, report
-
-        self._refuse_shuffled(num_parts)
-        zeros = [[jax.tree.map(jnp.zeros_like, group) for group in groups] for groups in parts]
-        totals, reports = self._pass(step, zeros, partial(self._spread, parts[0][0], mode))
-        self._refuse_shuffled(num_parts)
-        counts = [
-            sum(report.count.item() for report in reports[turn::num_parts])
-            for turn in range(num_parts)
-        ]
-        if not all(count > 0 for count in counts):
-            raise ValueError(
-                f"num_parts={num_parts}, but the {len(reports)} batches give the parts {counts} "
-                "examples; expected some in each. Take fewer parts, or cut the data into smaller "
-                "batches: hd.batches(arrays, batch_size)."
-            )
-        means = [
-            jax.tree.map(
-                lambda leaf, count=count: leaf / jnp.asarray(count, leaf.dtype), _trees.join(total)
-            )
-            for total, count in zip(totals, counts, strict=True)
-        ]
-        return _trees.join(means), counts
-
-    def _pass(
-        self,
-        step: Callable[[Any, int, PyTree], tuple[Any, Report]],
-        total: Any,
-        rerun: Callable[[], float],
-    ) -> tuple[Any, list[Report]]:
-        """One pass over the data, checked against the first: the last total, and the reports."""
-        with jax.default_matmul_precision(self.precision):
-            total, reports = self._passes.accumulate(step, total)
-            total_count(reports, "a Hessian-vector product")
-            self._passes.record(reports, rerun)
-        return total, reports
-
-    def _add(
-        self, groups: list[PyTree], totals: list[PyTree], piece: PyTree, mode: str
-    ) -> tuple[list[PyTree], Report]:
-        """The totals with the products of one piece of a batch."""
-        self._check(piece)
-        pairs = zip(groups, totals, strict=True)
-        results = [
-            _add_products(self.loss, self.params, group, total, piece, mode=mode)
-            for group, total in pairs
-        ]
-        reports = [report for _, report in results]
-        finite = functools.reduce(jnp.logical_and, [report.finite for report in reports])
-        return [total for total, _ in results], reports[0]._replace(finite=finite)
-
-    def _refuse_shuffled(self, num_parts: int) -> None:
-        if num_parts > 1 and self._passes.shuffled:
-            raise RuntimeError(
-                "data: the batches come in another order in every pass, so that a part of them "
-                "would not be the same examples twice. Pass shuffle=False to the loader, or give "
-                "it a list of the batches."
-            )
-
-    def _check(self, batch: PyTree) -> None:
-        """Refuse a batch or a loss that makes no mean, once for every shape of batch, before
-        anything is compiled."""
-        shapes = (
-            jax.tree.structure(batch),
-            tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(batch)),
+    def _multiply(self, block: Block, mode: str, num_parts: int) -> tuple[Block, list[Count]]:
+        size = trees.count(block) // num_parts
+        groups = [trees.split(part, group_size(self.like)) for part in trees.split(block, size)]
+        zeros = [[jax.tree.map(jnp.zeros_like, group) for group in part] for part in groups]
+        totals, counts = self.risk.sum_parts(
+            PRODUCTS[mode],
+            [[(group,) for group in part] for part in groups],
+            zeros,
+            what="a Hessian-vector product",
         )
-        if shapes not in self._checked:
-            check_loss(self.loss, self.params, batch)
-            self._checked.add(shapes)
-
-    def _spread(self, group: PyTree, mode: str) -> float:
-        """How far the loss of the first piece of data is from itself when it is run twice."""
-        _, piece = next(iter(self._passes))
-        totals = (jax.tree.map(jnp.zeros_like, group) for _ in range(2))
-        first, second = (
-            _add_products(self.loss, self.params, group, total, piece, mode=mode)[1]
-            for total in totals
-        )
-        return abs(first.total.item() - second.total.item()) / (first.count.item() or 1)
+        pairs = zip(totals, counts, strict=True)
+        return trees.join([divide(trees.join(total), count) for total, count in pairs]), counts
 
     def _check_symmetry(
-        self, block: PyTree, product: PyTree, cause: TypeError, num_parts: int
+        self, block: Block, product: Block, num_parts: int, cause: TypeError
     ) -> None:
         """v.H(Hv) = Hv.Hv, a test of symmetry that needs no random vectors.
 
-        A custom_vjp rule need not be the derivative of anything (clipped gradients): nothing here
-        is then a Hessian."""
+        A custom_vjp rule need not be the derivative of anything (clipped gradients): there is no
+        Hessian then.
+        """
         again, _ = self._multiply(product, REVERSE_OVER_REVERSE, num_parts)
         left, right = (
-            np.asarray(_trees.inner(block, again)),
-            np.asarray(_trees.inner(product, product)),
+            np.asarray(trees.inner(*pair)) for pair in ((block, again), (product, product))
         )
-        size = np.asarray(_trees.norm(block) * _trees.norm(again)) + right
-        if np.any(np.abs(left - right) > 0.05 * size):
-            _, batch = next(iter(self._passes))
-            rules = re.findall(
-                r"custom_vjp_call\S*\s+name=(\w+)",
-                str(jax.make_jaxpr(self.loss)(self.params, batch)),
-            )
+        size = np.asarray(trees.norm(block) * trees.norm(again)) + right
+        if np.any(np.abs(left - right) > _ASYMMETRY * size):
+            jaxpr = jax.make_jaxpr(self.risk.loss)(self.params, self.risk.first_piece())
+            rules = sorted(set(re.findall(r"custom_vjp_call\S*\s+name=(\w+)", str(jaxpr))))
             raise ValueError(
-                f"loss: a custom_vjp rule in the model ({', '.join(sorted(set(rules)))}) is not "
-                "the derivative of a differentiable gradient, so that there is no Hessian: "
-                f"v.H(Hv) = {left} but Hv.Hv = {right}. Leave the rule out of the loss, or use a "
-                "plain JAX implementation of the operation."
+                f"loss: a custom_vjp rule in the model ({', '.join(rules)}) is not the derivative "
+                f"of a differentiable gradient, so that there is no Hessian: v.H(Hv) = {left} but "
+                f"Hv.Hv = {right}. Leave the rule out of the loss, or use a plain JAX "
+                "implementation of the operation."
             ) from cause
-
-
-def _as_partial(loss: Loss) -> jax.tree_util.Partial:
-    if not callable(loss):
-        raise TypeError(
-            f"loss is a {type(loss).__name__}; expected a function loss(params, batch)."
-        )
-    if isinstance(loss, jax.tree_util.Partial):
-        return loss
-    try:
-        hash(loss)
-    except TypeError:
-        raise TypeError(
-            f"loss is a {type(loss).__name__} that cannot be hashed, which compilation needs; wrap "
-            "it in a function, def loss(params, batch): ..."
-        ) from None
-    return jax.tree_util.Partial(loss)
-
-
-def _check_precision(precision: str | None) -> None:
-    try:
-        with jax.default_matmul_precision(precision):
-            pass
-    except Exception as error:
-        raise ValueError(
-            f"precision={precision!r} is unknown; expected 'highest', 'high', 'default' or None."
-        ) from error
-
-
-def _differentiable(name: str, leaf: Any) -> jax.Array:
-    array = jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"params leaf {name!r} is {array.dtype}; a Hessian needs real floating-point leaves. "
-            f"Hold it fixed: where=lambda path: path != {name!r}."
-        )
-    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array

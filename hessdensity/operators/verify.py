@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hessdensity.vectors import trees as _trees
+from hessdensity.text import table
+from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 from .protocol import Operator
 
@@ -43,13 +45,16 @@ class Verification:
         return not self.failures
 
     def __str__(self) -> str:
-        lines = [
-            f"  {'passed' if c.passed else 'FAILED'}  {c.name:<42} error {c.error:.1e}, allowed "
-            f"{c.allowed:.1e}"
-            for c in self.checks
+        rows = [
+            (
+                "passed" if check.passed else "FAILED",
+                check.name,
+                f"error {check.error:.1e}, allowed {check.allowed:.1e}",
+            )
+            for check in self.checks
         ]
         verdict = f"fails: {', '.join(self.failures)}" if self.failures else "holds in all checks"
-        return "\n".join([f"The operator {verdict}", *lines])
+        return "\n".join([f"The operator {verdict}", *table(rows, left={0, 1, 2})])
 
 
 def verify_operator(
@@ -60,13 +65,13 @@ def verify_operator(
     Peers have shipped products taken at the wrong point and batches summed instead of averaged;
     both fail the last check.
 
-    Args: operator: any operator. The finite-difference check needs a `Hessian`, or a class with its
-      ``params`` and
-        ``gradient(offset)``.
-      key: JAX random key for the test vectors. tolerance: allowed relative error of the first three
-      (default: 1e-3 in float32, 1e-9 in float64; a model
-        computing in bfloat16 needs about 0.05). Finite differences are allowed 0.01, or as much as
-        they differ among themselves, for they cross the kinks of a ReLU.
+    Args:
+      operator: any operator. The finite-difference check needs a `Hessian`, or a class with its
+        ``params`` and ``gradient(offset)``.
+      key: JAX random key for the test vectors.
+      tolerance: allowed relative error of the first three (default: 1e-3 in float32, 1e-9 in
+        float64; a model computing in bfloat16 needs about 0.05). Finite differences are allowed
+        0.01, or as much as they differ among themselves, for they cross the kinks of a ReLU.
 
     Returns:
       `Verification`, falsy if a check failed.
@@ -79,22 +84,22 @@ def verify_operator(
     Cost: 6 products, and 2 to 10 gradients for the finite difference.
     """
     like = operator.like
-    epsilon = _trees.epsilon(like)
+    epsilon = trees.epsilon(like)
     allowed = tolerance if tolerance is not None else (1e-3 if epsilon > 1e-8 else 1e-9)
-    block = _trees.random_block(key, 0, 2, like)
+    block = random_block(key, 0, 2, like)
     u, v = (jax.tree.map(lambda leaf, i=i: leaf[i], block) for i in range(2))
     rows, products, again = (
-        _trees.ravel(x).astype(float) for x in (block, operator @ block, operator @ block)
+        trees.ravel(x).astype(float) for x in (block, operator @ block, operator @ block)
     )
-    sum_row = _trees.ravel(operator @ _stack(jax.tree.map(lambda x, y: 2 * x - 3 * y, u, v)))[
-        0
-    ].astype(float)
+    sum_row = trees.ravel(
+        operator @ trees.as_single(jax.tree.map(lambda x, y: 2 * x - 3 * y, u, v))
+    )[0].astype(float)
     size = float(np.linalg.norm(products, axis=1).max()) or 1.0
     # Along w = Hu, which leans to the large eigenvalues. Two random vectors would be of no use:
     # u.Hv is small for large n, and so is its difference from v.Hu, symmetric or not.
     length = float(np.linalg.norm(products[0])) or 1.0
     direction = products[:1] / length
-    curvature = _trees.ravel(operator @ _trees.unravel(direction, like))[0].astype(float)
+    curvature = trees.ravel(operator @ trees.unravel(direction, like))[0].astype(float)
     checks = [
         Check(
             "symmetry: u.H(Hu) = Hu.Hu",
@@ -120,8 +125,8 @@ def _compare_with_differences(
     """(relative distance of a product from the closest central difference of gradients, what of it
     is allowed)."""
     like = operator.like
-    epsilon = _trees.epsilon(like)
-    length = float(_trees.norm(_stack(operator.params))[0]) or 1.0
+    epsilon = trees.epsilon(like)
+    length = float(trees.norm(trees.as_single(operator.params))[0]) or 1.0
     differences: list[np.ndarray] = []
     errors: list[float] = []
     # 1/3 balances truncation against rounding for a smooth loss. Every kink of a ReLU within a step
@@ -130,8 +135,8 @@ def _compare_with_differences(
     for exponent in (5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3):
         step = epsilon**exponent * length
         up, down = (
-            _trees.ravel(
-                _stack(operator.gradient(_trees.first_vector(_trees.unravel(h * row, like))))
+            trees.ravel(
+                trees.as_single(operator.gradient(trees.first_vector(trees.unravel(h * row, like))))
             )[0].astype(float)
             for h in (step, -step)
         )
@@ -146,10 +151,6 @@ def _compare_with_differences(
     # and rounding make them disagree, and are forgiven as far as they do.
     gaps = [_norm(a - b) / (_norm(a) or 1.0) for a, b in itertools.pairwise(differences)]
     return min(errors), min(0.1, max(0.01, 2 * min(gaps)))
-
-
-def _stack(vector: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[None], vector)
 
 
 def _norm(x: np.ndarray) -> float:

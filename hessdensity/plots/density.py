@@ -1,22 +1,17 @@
-"""Draw a spectral density on a matplotlib Axes. Nothing is computed here, shown or saved."""
+"""Draw a spectral density: smoothed, and as the cumulative share. Nothing is computed here."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.ticker import SymmetricalLogLocator
 
-from hessdensity.spectra.density import SpectralDensity
-
-XScale = Literal["linear", "symlog"]
+from .axes import Measure, XScale, check_scale, finish, new_axes
 
 
 def plot_density(
-    density: SpectralDensity,
+    density: Measure,
     ax: Axes | None = None,
     *,
     bandwidth: float | None = None,
@@ -30,20 +25,26 @@ def plot_density(
     """The smoothed density on a logarithmic axis, with the band of its error bars; outliers stay
     visible.
 
-    Args: density: what to draw. Several on one Axes: call again with the same ``ax`` and another
-      ``label``. ax: where (default: a new figure). bandwidth: standard deviation of the smoothing,
-      in eigenvalue units (default: ``density.bandwidth``). It is
-        written into the legend: a density without it means nothing.
-      label: name in the legend. x_scale: ``"symlog"`` opens up the bulk around zero and shows
-      outliers of both signs beside it. band: shade the interval of ``density.pdf``. eigenvalues:
-      exact ones (n,), if known: drawn under the curve, smoothed alike, with a tick for each.
+    Args:
+      density: what to draw. Several on one Axes: call again with the same ``ax`` and another
+        ``label``.
+      ax: where (default: a new figure).
+      bandwidth: standard deviation of the smoothing, in eigenvalue units (default:
+        ``density.bandwidth``). It is written into the legend: a density without it means nothing.
+      label: name in the legend.
+      x_scale: ``"symlog"`` opens up the bulk around zero and shows outliers of both signs beside
+        it.
+      band: shade the interval of ``density.pdf``.
+      eigenvalues: exact ones (n,), if known: drawn under the curve, smoothed alike, with a tick for
+        each.
       outliers: mark ``density.outliers``, the eigenvalues that deflation found, along the top.
       line_options: for ``Axes.plot``: ``color``, ``linestyle``, ``linewidth``.
 
     Returns:
       The Axes.
     """
-    ax = _axes(ax, x_scale)
+    check_scale(x_scale)
+    ax = new_axes(ax, (7, 4))
     before = (ax.get_xlim(), ax.get_ylim()) if ax.has_data() else None
     width = density.bandwidth if bandwidth is None else bandwidth
     x = _grid(density, width, x_scale)
@@ -61,7 +62,7 @@ def plot_density(
         ax.fill_between(
             x, estimate.lower, estimate.upper, color=line.get_color(), alpha=0.25, linewidth=0
         )
-    found = density.outliers[:, 0] if outliers else np.zeros(0)
+    found = getattr(density, "outliers", np.zeros((0, 2)))[:, 0] if outliers else np.zeros(0)
     if found.size:
         (marks,) = ax.plot(
             found, np.full(found.size, 0.98), "v", color=line.get_color(), markersize=4, alpha=0.6
@@ -79,15 +80,15 @@ def plot_density(
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
     ax.set_ylabel(
-        "share of the squared norm (1 / eigenvalue)"
-        if density.given
-        else "spectral density (1 / eigenvalue)"
+        "spectral density (1 / eigenvalue)"
+        if density.random
+        else "share of the squared norm (1 / eigenvalue)"
     )
-    return _finish(ax, x_scale, width)
+    return finish(ax, x_scale, width)
 
 
 def plot_cumulative(
-    density: SpectralDensity,
+    density: Measure,
     ax: Axes | None = None,
     *,
     label: str | None = None,
@@ -98,7 +99,8 @@ def plot_cumulative(
 ) -> Axes:
     """The share of eigenvalues up to x: a step function, free of any bandwidth. Arguments as for
     `plot_density`."""
-    ax = _axes(ax, x_scale)
+    check_scale(x_scale)
+    ax = new_axes(ax, (7, 4))
     nodes, linear_within = np.unique(density.nodes), 1e-3 * max(map(abs, density.extent)) or 1.0
     margin = linear_within if x_scale == "symlog" else 20 * linear_within
     x = np.concatenate([[nodes[0] - margin], nodes, [nodes[-1] + margin]])
@@ -128,21 +130,10 @@ def plot_cumulative(
             linewidth=0,
         )
     ax.set_ylabel("share of eigenvalues up to x")
-    return _finish(ax, x_scale, linear_within)
+    return finish(ax, x_scale, linear_within)
 
 
-def formats() -> list[str]:
-    """The file suffixes that matplotlib can save a figure as."""
-    return sorted(FigureCanvasBase.get_supported_filetypes())
-
-
-def _axes(ax: Axes | None, x_scale: XScale) -> Axes:
-    if x_scale not in ("linear", "symlog"):
-        raise ValueError(f"x_scale={x_scale!r}, expected 'linear' or 'symlog'.")
-    return ax if ax is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
-
-
-def _grid(density: SpectralDensity, width: float, x_scale: XScale) -> np.ndarray:
+def _grid(density: Measure, width: float, x_scale: XScale) -> np.ndarray:
     """Where to evaluate: fine enough for the bandwidth, and finer around every node."""
     low, high = density.extent
     stretch = 0.4 if x_scale == "symlog" else 0.0
@@ -176,14 +167,3 @@ def _plot_exact(ax: Axes, eigenvalues: np.ndarray, x: np.ndarray, width: float) 
         transform=ax.get_xaxis_transform(),
         label="eigenvalues",
     )
-
-
-def _finish(ax: Axes, x_scale: XScale, linear_within: float) -> Axes:
-    if x_scale == "symlog":
-        ax.set_xscale("symlog", linthresh=linear_within, linscale=0.6)
-        ax.xaxis.set_major_locator(
-            SymmetricalLogLocator(base=10, linthresh=10 ** np.ceil(np.log10(linear_within)))
-        )
-    ax.set_xlabel("eigenvalue")
-    ax.legend(frameon=False)
-    return ax

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hessdensity.vectors import trees as _trees
-
-PyTree = Any
+from hessdensity.vectors import trees
+from hessdensity.vectors.trees import PyTree
 
 _SHARE = 0.9  # of the free memory may be planned for
 _CGROUP = Path("/sys/fs/cgroup")
@@ -37,7 +36,7 @@ def bytes_per_device(tree: PyTree) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
-    return sum(map(held, jax.tree.leaves(_trees.abstract(tree))))
+    return sum(map(held, jax.tree.leaves(trees.abstract(tree))))
 
 
 def free_memory(like: PyTree) -> Free:
@@ -46,7 +45,7 @@ def free_memory(like: PyTree) -> Free:
 
     A collective of these processes then.
     """
-    shardings = [leaf.sharding for leaf in jax.tree.leaves(_trees.abstract(like)) if leaf.sharding]
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(trees.abstract(like)) if leaf.sharding]
     everywhere = set().union(*(sharding.device_set for sharding in shardings)) or {
         jax.local_devices()[0]
     }
@@ -59,17 +58,17 @@ def free_memory(like: PyTree) -> Free:
         if known
         else np.inf
     )
-    host, neighbours = _SHARE * _free_on_host() / max(len(devices), 1), 1
+    host, neighbors = _SHARE * _free_on_host() / max(len(devices), 1), 1
     if len(everywhere) > len(devices):
         from jax.experimental.multihost_utils import process_allgather
 
         here = zlib.crc32(platform.node().encode()) % 2**24  # float32 holds it
         facts = np.asarray(process_allgather(np.array([device, host, here], np.float32)), float)
-        (device, host), neighbours = (
+        (device, host), neighbors = (
             facts[:, :2].min(axis=0),
             int(max(np.unique(facts[:, 2], return_counts=True)[1])),
         )
-    host /= neighbours
+    host /= neighbors
     device = host if shared else device
     return Free(int(device) if np.isfinite(device) else None, int(host), shared)
 
@@ -86,12 +85,3 @@ def _free_on_host() -> int:
     except (OSError, ValueError):  # there is no such group, or it has no limit ("max")
         return free
     return min(free, limit - used)
-
-
-def in_words(count: float) -> str:
-    """Bytes in words, three digits."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB" if count < 999.5 else f"{count:,.0f} TB"

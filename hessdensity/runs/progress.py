@@ -1,5 +1,4 @@
-"""The progress bar, on standard error: of the first process alone, and of products that were done,
-not read back."""
+"""The progress bar, on standard error, of the first process alone."""
 
 from __future__ import annotations
 
@@ -9,22 +8,15 @@ import jax
 
 
 def make_bar(what: str, total: int | None, shown: bool, *, leave: bool = True) -> Any:
-    """A bar of products, their rate and the time left; a context manager. ``leave`` it there at the
-    end."""
+    """A bar of products, their rate and the time left. ``leave`` keeps it at the end."""
     from tqdm import tqdm
 
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="HVP",
-        leave=leave,
-        disable=not shown or jax.process_index() > 0,
-    )
+    hidden = not shown or jax.process_index() > 0
+    return tqdm(total=total, desc=what, unit="HVP", leave=leave, disable=hidden)
 
 
 def count(bar: Any, products: int, *, read_back: bool = False) -> None:
-    """So many more products are there; those read back from disk took no time, and do not count in
-    the rate."""
+    """Add products to the bar. Those read back from disk took no time: the rate leaves them out."""
     if read_back and not bar.disable:
         bar.initial += products
     bar.update(products)

@@ -13,19 +13,19 @@ from typing import Any
 
 import jax
 
-PyTree = Any
+from hessdensity.vectors.trees import Block
 
 _VECTORS, _SCALARS = "vectors", "scalars"
 _PREFIX = "step"
 
 
-class Journal:
+class StepStore:
     """The steps of one computation, in a folder.
 
     Saving is asynchronous: `append` returns when the arrays have left the device, and waits only
     for the step before. In several processes every one calls every method, and the folder must be
-    on a file system that all of them see; each writes the shards that it holds. Steps are read back
-    in any other sharding.
+    on a file system that all of them see; each writes the shards that it holds. Steps are read
+    back in any other sharding.
 
     Args:
       path: the folder; made where there is none. With a scheme (``gs://...``) whatever Orbax takes.
@@ -65,7 +65,7 @@ class Journal:
         """The scalars of a step, from 0 on."""
         return self._restore(step, _SCALARS, self._ocp.args.JsonRestore())
 
-    def vectors(self, step: int, like: PyTree) -> PyTree:
+    def vectors(self, step: int, like: Block) -> Block:
         """The vectors of a step, from 0 on, with the shapes, dtypes and shardings of ``like``."""
         found = self._restore(step, _VECTORS, self._ocp.args.StandardRestore(_numbered(like)))
         return jax.tree.unflatten(
@@ -75,7 +75,7 @@ class Journal:
     def _restore(self, step: int, name: str, args: Any) -> Any:
         return self._manager.restore(step, args=self._ocp.args.Composite(**{name: args}))[name]
 
-    def append(self, vectors: PyTree, scalars: dict[str, Any]) -> None:
+    def append(self, vectors: Block | None, scalars: dict[str, Any]) -> None:
         """One more step: a pytree of arrays, or None, and what JSON takes."""
         args = {_SCALARS: self._ocp.args.JsonSave(scalars)}
         if vectors is not None:
@@ -90,7 +90,7 @@ class Journal:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """`finish`, and let go of the folder."""
+        """Wait until all is on disk, and let go of the folder."""
         with self._writing():
             self._manager.close()
 
@@ -106,7 +106,7 @@ class Journal:
             ) from error
 
 
-def _numbered(tree: PyTree) -> dict[str, Any]:
+def _numbered(tree: Block) -> dict[str, Any]:
     """The leaves by their number: a tree that Orbax knows, whatever the nodes of this one are."""
     return {f"{index:06}": leaf for index, leaf in enumerate(jax.tree.leaves(tree))}
 

@@ -1,5 +1,8 @@
-"""Results on disk: versioned npz files without pickles. Here a spectral density's, and what all of
-them share."""
+"""Results on disk: versioned npz files without pickles, of densities and measures of vectors.
+
+Version 3 of the format names the type of the result. Versions 1 and 2 wrote a measure as a density
+that was marked as ``given``; they are still read.
+"""
 
 from __future__ import annotations
 
@@ -13,46 +16,59 @@ import numpy as np
 
 from .quadrature import Rule
 
-FORMAT = "hessdensity.SpectralDensity"
-VERSION = 2
+VERSION = 3
 
+_FORMATS = {"density": "hessdensity.SpectralDensity", "measure": "hessdensity.SpectralMeasure"}
+_NAMES = {"density": "a spectral density", "measure": "the measure of a vector"}
 _COLUMNS = ("nodes", "weights", "residuals")
 T = TypeVar("T")
 
 
 class Contents(NamedTuple):
-    """The fields of a density that are saved."""
+    """The fields of a density or a measure that are saved."""
 
     rules: tuple[Rule, ...]
     dimension: int
     num_matvecs: int
     description: dict[str, Any]
-    given: bool
 
 
-def write(path: str | Path, contents: Contents) -> None:
-    """Write to exactly ``path``; what of the description JSON does not know is written as its text."""
+def write(path: str | Path, kind: str, contents: Contents) -> None:
+    """Write to exactly ``path``. What of the description JSON does not know is written as text."""
     arrays = {
         "dimension": np.array(contents.dimension),
         "num_matvecs": np.array(contents.num_matvecs),
         "description": np.array(json.dumps(contents.description, default=str)),
-        "given": np.array(contents.given),
         **pack(contents.rules),
     }
-    store(path, FORMAT, VERSION, arrays)
+    store(path, _FORMATS[kind], VERSION, arrays)
 
 
-def read(path: str | Path) -> Contents:
-    """What `write` was given. Raises ValueError for any other file."""
-    return load(path, FORMAT, VERSION, "density", "SpectralDensity.save", _unpack)
+def read(path: str | Path, kind: str) -> Contents:
+    """What `write` was given.
 
+    Raises:
+      ValueError: the file holds something else; names what reads it, where that is known.
+    """
 
-def _unpack(saved: dict[str, Any]) -> Contents:
-    description = json.loads(str(saved["description"]))
-    given = bool(saved.get("given", False))
-    return Contents(
-        unpack(saved), int(saved["dimension"]), int(saved["num_matvecs"]), description, given
-    )
+    def unpack_one(saved: dict[str, Any]) -> tuple[str, Contents]:
+        form = str(saved["format"])
+        given = bool(saved.get("given", False))  # of versions 1 and 2
+        found = "measure" if given or form == _FORMATS["measure"] else "density"
+        description = json.loads(str(saved["description"]))
+        sizes = int(saved["dimension"]), int(saved["num_matvecs"])
+        return found, Contents(unpack(saved), *sizes, description)
+
+    writer = _FORMATS[kind].partition(".")[2]
+    forms = set(_FORMATS.values())
+    found, contents = load(path, forms, VERSION, kind, f"{writer}.save", unpack_one)
+    if found != kind:
+        other = _FORMATS[found].partition(".")[2]
+        raise ValueError(
+            f"path={str(path)!r} holds {_NAMES[found]}, expected {_NAMES[kind]}. "
+            f"hd.{other}.load(path) reads it."
+        )
+    return contents
 
 
 def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
@@ -71,26 +87,25 @@ def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
 
 def unpack(saved: dict[str, Any]) -> tuple[Rule, ...]:
     """The inverse of `pack`."""
-    columns = (np.split(saved[name], np.cumsum(saved["lengths"]))[:-1] for name in _COLUMNS)
-    # Version 1 of the densities knew of no coupling.
+    columns = [np.split(saved[name], np.cumsum(saved["lengths"]))[:-1] for name in _COLUMNS]
+    # Version 1 did not store the coupling.
     coupling = saved.get("coupling", np.zeros(len(saved["lengths"])))
+    rows = zip(*columns, saved["num_deflated"], coupling, strict=True)
     return tuple(
         Rule(nodes, weights, int(num_deflated), residuals, float(beta))
-        for nodes, weights, residuals, num_deflated, beta in zip(
-            *columns, saved["num_deflated"], coupling, strict=True
-        )
+        for nodes, weights, residuals, num_deflated, beta in rows
     )
 
 
 def store(path: str | Path, form: str, version: int, arrays: dict[str, Any]) -> None:
-    """Write arrays to exactly ``path``, and what they are."""
+    """Write arrays to exactly ``path``, with the name and the version of their format."""
     with open(path, "wb") as file:
         np.savez(file, format=np.array(form), version=np.array(version), **arrays)
 
 
 def load(
     path: str | Path,
-    form: str,
+    forms: set[str],
     version: int,
     what: str,
     writer: str,
@@ -104,10 +119,10 @@ def load(
     """
     refusal = f"path={str(path)!r} is not a saved {what}; expected a file written by {writer}."
     try:
-        # np.load gives a bare array for a .npy file, which is no context manager.
+        # np.load gives a bare array for a .npy file, which is not a context manager.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             saved = dict(archive)
-        if str(saved["format"]) != form:
+        if str(saved["format"]) not in forms:
             raise ValueError(f"format {saved['format']}")
         found = int(saved["version"])
     except (zipfile.BadZipFile, ValueError, EOFError, TypeError, AttributeError, KeyError) as error:
@@ -120,6 +135,5 @@ def load(
     try:
         return unpack(saved)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"path={str(path)!r} is a damaged {what}: {error!r}. Save it again."
-        ) from error
+        message = f"path={str(path)!r} is a damaged {what}: {error!r}. Save it again."
+        raise ValueError(message) from error

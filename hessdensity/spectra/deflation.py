@@ -36,9 +36,12 @@ def combine(
     the probe carries (n - m0)/n. The run is a probe as well: v0 was random. Its own quadrature,
     with the isolated eigenvalues that it found reset to weight 1/n (`isolate`), is one more rule.
 
-    Args: run: of the deflation, or None. probes: of the probes that were kept orthogonal to it.
-      dimension: n. implicit: the probes had no basis: of each the ghosts are merged, and isolated
-      eigenvalues have weight 1/n.
+    Args:
+      run: of the deflation, or None.
+      probes: of the probes that were kept orthogonal to it.
+      dimension: n.
+      implicit: the probes had no basis: of each the ghosts are merged, and isolated eigenvalues
+        have weight 1/n.
     """
     if implicit:
         return tuple(isolate(merge_ghosts(probe), dimension) for probe in probes)
@@ -66,7 +69,7 @@ def combine(
 
 
 def merge_ghosts(probe: Tridiagonal) -> Rule:
-    """The Gauss rule of a recurrence without reorthogonalisation, its ghosts merged.
+    """The Gauss rule of a recurrence without reorthogonalization, its ghosts merged.
 
     Such a recurrence finds a converged eigenvalue again and again: copies of its node, equal to
     rounding, that share its weight, and between them newcomers of next to no weight (Paige 1976;
@@ -77,25 +80,27 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
     rule = gauss_rule(probe)
     seen = rule.weights > _WEIGHTLESS
     nodes, weights, residuals = rule.nodes[seen], rule.weights[seen], rule.residuals[seen]
-    first = np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.noise)
+    first = np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.rounding_error)
     mass = np.add.reduceat(weights, first)
-    centre = np.add.reduceat(weights * nodes, first) / mass
-    return Rule(centre, mass / mass.sum(), 0, np.minimum.reduceat(residuals, first))
+    center = np.add.reduceat(weights * nodes, first) / mass
+    return Rule(center, mass / mass.sum(), 0, np.minimum.reduceat(residuals, first))
 
 
 def isolate(rule: Rule, dimension: int, elsewhere: list[Rule] = ()) -> Rule:  # type: ignore[assignment]
     """Implicit deflation: a probe's rule with every isolated eigenvalue that it found at weight
     1/n, without noise.
 
-    A node whose residual is far below the distance to its neighbours is an eigenvalue, and the
+    A node whose residual is far below the distance to its neighbors is an eigenvalue, and the
     probe's weight there is (v.q)^2. That eigenvalue's true weight is known, 1/n; the probe's other
     components remain a uniform point of their own sphere, so that the rest is rescaled to (n -
     c)/n, c being the number of nodes reset.
 
-    Args: rule: of a probe, without deflated nodes. dimension: n. elsewhere: rules of probes kept
-      orthogonal to this one's basis. What they find again at the same place is a
-        multiple eigenvalue, and keeps its weight. Without them, eigenvalues are taken to be simple
-        unless the weight is too large for one.
+    Args:
+      rule: of a probe, without deflated nodes.
+      dimension: n.
+      elsewhere: rules of probes kept orthogonal to this one's basis. What they find again at the
+        same place is a multiple eigenvalue, and keeps its weight. Without them, eigenvalues are
+        taken to be simple unless the weight is too large for one.
 
     Returns:
       A `Rule` whose first c nodes are those reset.

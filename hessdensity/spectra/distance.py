@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from .density import SpectralDensity
+from .measure import SpectralMeasure
 
 
-def distance(a: SpectralDensity | Any, b: SpectralDensity | Any) -> float:
+def distance(a: SpectralMeasure | Any, b: SpectralMeasure | Any) -> float:
     """Wasserstein-1 distance between two spectra, the integral of |cdf difference|, in eigenvalue
     units.
 
     Args:
-      a: a `SpectralDensity`, or an array of exact eigenvalues.
+      a: a `SpectralDensity` or `SpectralMeasure`, or an array of exact eigenvalues.
       b: likewise.
 
     Example:
@@ -27,8 +27,8 @@ def distance(a: SpectralDensity | Any, b: SpectralDensity | Any) -> float:
     return float(wasserstein_distance(nodes_a, nodes_b, weights_a, weights_b))
 
 
-def _measure(spectrum: SpectralDensity | Any) -> tuple[np.ndarray, np.ndarray]:
-    if isinstance(spectrum, SpectralDensity):
+def _measure(spectrum: SpectralMeasure | Any) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(spectrum, SpectralMeasure):
         rules = spectrum.rules
         return np.concatenate([r.nodes for r in rules]), np.concatenate(
             [r.weights for r in rules]

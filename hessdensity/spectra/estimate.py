@@ -66,70 +66,36 @@ class BoundedEstimate(Estimate):
     """(lower, upper): 95 % bounds for the probes' randomness alone, around the value."""
 
 
-def share_interval(
-    low: np.ndarray, high: np.ndarray, freedom: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bounds on the share F of a spectrum, from shares seen by random probes.
+@dataclass(frozen=True, eq=False)
+class DataEstimate(Estimate):
+    """An estimate whose error is that of the sample of data: how far it would vary from one data
+    set to the next."""
 
-    A probe uniform on the sphere of N dimensions sees Beta(N F / 2, N (1 - F) / 2) of a share F:
-    its squared components are those of a chi-square over a sum of chi-squares. The mean over k
-    probes has the same mean and the variance of Beta(c F, c (1 - F)), c = k (N + 2) / 2 - 1, which
-    is the law itself for k = 1. The bounds are the shares for which what was seen is the 2.5 % and
-    the 97.5 % quantile.
-
-    Args:
-      low: the smallest share that may have been seen (quadrature leaves it uncertain), in [0, 1].
-      high: the largest.
-      freedom: k (N + 2).
-
-    Returns:
-      (lower, upper), of the broadcast shape of ``low`` and ``high``.
-    """
-    from scipy.special import betainc
-
-    concentration = freedom / 2 - 1
-
-    def solve(seen: np.ndarray, level: float) -> np.ndarray:
-        # P(Beta <= seen) falls as F grows: bisection, vectorised over what was seen.
-        left, right = np.zeros_like(seen), np.ones_like(seen)
-        for _ in range(60):
-            middle = (left + right) / 2
-            above = betainc(concentration * middle, concentration * (1 - middle), seen) > level
-            left, right = np.where(above, middle, left), np.where(above, right, middle)
-        return (left + right) / 2
-
-    # Sums of weights miss 1 by rounding, and of a share of 1 nothing is uncertain.
-    low, high = (np.clip(np.where(np.asarray(x) > 1 - 1e-12, 1.0, x), 0, 1) for x in (low, high))
-    lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
-    upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
-    # A share so small that a chi-square of its few degrees is all but sure to fall below it bounds
-    # nothing from below.
-    return np.minimum(lower, low), np.maximum(upper, high)
+    parts: np.ndarray
+    """(J, ...) the estimate from each part of the data alone."""
+    bias: Any = None
+    """How far the whole data's value is off for having finitely many examples, to first order in
+    one over their number; None where it is not known. Too few data overrate the outliers."""
 
 
-def positive_interval(
-    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bounds on the mean of a non-negative function over a spectrum.
+def estimate_of_parts(
+    value: np.ndarray,
+    variance: np.ndarray,
+    spread: np.ndarray,
+    parts: np.ndarray,
+    bias: np.ndarray | None = None,
+) -> DataEstimate:
+    """What J parts (J, ...) make of a value: ``spread`` is the variance, not smaller, that the
+    interval is to cover."""
+    from scipy.special import stdtrit
 
-    The function is taken for one that is K on a share F of the spectrum and 0 elsewhere, with the
-    same mean K F and the same mean square K^2 F, and the bounds are those on F: exactly so where it
-    hangs on one eigenvalue. There its weight is a chi-square of k degrees, for two probes uncertain
-    by a factor of four downwards and of forty upwards, which two standard errors to either side
-    would hide.
-
-    Args:
-      mean: what the probes saw.
-      error: its standard error.
-      freedom: k (N + 2).
-      dimension: N; no share that is not empty is below 1/N.
-
-    Returns:
-      (lower, upper), of the shape of ``mean``.
-    """
-    seen = mean > 0
-    variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
-    share = 1 / (1 + variance)
-    lower, upper = share_interval(share, share, freedom)
-    height = mean / share
-    return height * lower, height * np.where(seen, np.maximum(upper, 1 / dimension), 0)
+    reach = stdtrit(len(parts) - 1, 0.975) * np.sqrt(spread)
+    number: Any = float if np.ndim(value) == 0 else np.asarray
+    return DataEstimate(
+        value=number(value),
+        standard_error=number(np.sqrt(variance)),
+        lower=number(value - reach),
+        upper=number(value + reach),
+        parts=parts,
+        bias=None if bias is None else number(bias),
+    )

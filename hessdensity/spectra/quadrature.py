@@ -44,17 +44,17 @@ class Rule:
 
 class Tridiagonal(NamedTuple):
     """What a Lanczos recurrence of j steps leaves on the host: A V^T = V^T T + beta v_j e_j^T + Q^T
-    outside^T."""
+    coupling^T."""
 
     diagonal: np.ndarray
     """(j,) float64."""
     off_diagonal: np.ndarray
     """(j,) float64, the last one beta. T ends at the first zero: the Krylov space was invariant
     there."""
-    outside: np.ndarray = np.zeros((0, 0))
+    deflation_coupling: np.ndarray = np.zeros((0, 0))
     """(j, r) float64: components of the products along the r vectors that the recurrence was kept
     orthogonal to; or empty, where there are none."""
-    noise: float = 0.0
+    rounding_error: float = 0.0
     """How far the entries can be trusted, in eigenvalue units; residuals are not taken to be below
     twice it."""
 
@@ -71,8 +71,8 @@ class Tridiagonal(NamedTuple):
 
     def leading(self, num_steps: int) -> Tridiagonal:
         """What a run of fewer steps would have left."""
-        diagonal, off_diagonal, outside = (part[:num_steps] for part in self[:3])
-        return Tridiagonal(diagonal, off_diagonal, outside, self.noise)
+        diagonal, off_diagonal, coupling = (part[:num_steps] for part in self[:3])
+        return Tridiagonal(diagonal, off_diagonal, coupling, self.rounding_error)
 
     def eigh(self) -> tuple[np.ndarray, np.ndarray]:
         """Ritz values (m,), ascending, and Ritz vectors in the basis, the columns of (m, m)."""
@@ -86,9 +86,11 @@ class Tridiagonal(NamedTuple):
     def residuals(self, vectors: np.ndarray) -> np.ndarray:
         """Norms of A y - theta y of the Ritz vectors that `eigh` gave: (m,)."""
         squares = (self.coupling * vectors[-1]) ** 2
-        if self.outside.size:
-            squares = squares + np.sum((self.outside[: self.length].T @ vectors) ** 2, axis=0)
-        return np.maximum(np.sqrt(squares), 2 * self.noise)
+        if self.deflation_coupling.size:
+            squares = squares + np.sum(
+                (self.deflation_coupling[: self.length].T @ vectors) ** 2, axis=0
+            )
+        return np.maximum(np.sqrt(squares), 2 * self.rounding_error)
 
 
 def gauss_rule(tridiagonal: Tridiagonal) -> Rule:

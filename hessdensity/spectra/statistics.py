@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .estimate import BoundedEstimate, Estimate, positive_interval, share_interval
+from .estimate import BoundedEstimate, Estimate
 from .quadrature import Rule, cumulative, cumulative_bounds
 
 Values = Callable[[np.ndarray], np.ndarray]
 """Several functions as one, from nodes (j,) to (j, number of functions)."""
 
 
-class Probes:
+class RuleStatistics:
     """Rules as the mean of k independent measurements of one spectrum of n eigenvalues.
 
     Of each rule the deflated part is certain, and N = n - num_deflated dimensions are left to its
@@ -25,10 +25,10 @@ class Probes:
     Args:
       rules: one a probe, not necessarily with equally many deflated nodes.
       dimension: n.
-      given: the rules are those of given vectors: there is no randomness.
+      random: whether the rules are of random probes; otherwise nothing is uncertain but quadrature.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], dimension: int, given: bool) -> None:
+    def __init__(self, rules: tuple[Rule, ...], dimension: int, random: bool) -> None:
         left = np.array([dimension - rule.num_deflated for rule in rules], float)
         self._rules = rules
         self._each = left / dimension
@@ -40,7 +40,9 @@ class Probes:
         # rules estimates it without bias, since they scatter around their own mean. For equal rules
         # k (N + 2).
         squares = np.sum(self._each**2 / (left + 2))
-        self._freedom = np.inf if given or not squares else float(self._each.sum() ** 2 / squares)
+        self._freedom = (
+            np.inf if not random or not squares else float(self._each.sum() ** 2 / squares)
+        )
         self._dimension = max(float(left.mean()), 1.0)
         self._coupled = float(np.mean([rule.coupling > 0 for rule in rules])) / dimension
         """How far the cumulative may be off for the couplings left out."""
@@ -169,3 +171,75 @@ def _widened(
     for elsewhere."""
     rounding = rule.residuals.min()
     return (low + rounding, high - rounding), (low - rounding, high + rounding)
+
+
+# Intervals ----------------------------------------------------------------------------------------
+
+
+def share_interval(
+    low: np.ndarray, high: np.ndarray, freedom: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bounds on the share F of a spectrum, from shares seen by random probes.
+
+    A probe uniform on the sphere of N dimensions sees Beta(N F / 2, N (1 - F) / 2) of a share F:
+    its squared components are those of a chi-square over a sum of chi-squares. The mean over k
+    probes has the same mean and the variance of Beta(c F, c (1 - F)), c = k (N + 2) / 2 - 1, which
+    is the law itself for k = 1. The bounds are the shares for which what was seen is the 2.5 % and
+    the 97.5 % quantile.
+
+    Args:
+      low: the smallest share that may have been seen (quadrature leaves it uncertain), in [0, 1].
+      high: the largest.
+      freedom: k (N + 2).
+
+    Returns:
+      (lower, upper), of the broadcast shape of ``low`` and ``high``.
+    """
+    from scipy.special import betainc
+
+    concentration = freedom / 2 - 1
+
+    def solve(seen: np.ndarray, level: float) -> np.ndarray:
+        # P(Beta <= seen) falls as F grows: bisection, vectorized over what was seen.
+        left, right = np.zeros_like(seen), np.ones_like(seen)
+        for _ in range(60):
+            middle = (left + right) / 2
+            above = betainc(concentration * middle, concentration * (1 - middle), seen) > level
+            left, right = np.where(above, middle, left), np.where(above, right, middle)
+        return (left + right) / 2
+
+    # Sums of weights miss 1 by rounding, and of a share of 1 nothing is uncertain.
+    low, high = (np.clip(np.where(np.asarray(x) > 1 - 1e-12, 1.0, x), 0, 1) for x in (low, high))
+    lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
+    upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
+    # A share so small that a chi-square of its few degrees is all but sure to fall below it bounds
+    # nothing from below.
+    return np.minimum(lower, low), np.maximum(upper, high)
+
+
+def positive_interval(
+    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % bounds on the mean of a non-negative function over a spectrum.
+
+    The function is taken for one that is K on a share F of the spectrum and 0 elsewhere, with the
+    same mean K F and the same mean square K^2 F, and the bounds are those on F: exactly so where it
+    hangs on one eigenvalue. There its weight is a chi-square of k degrees, for two probes uncertain
+    by a factor of four downwards and of forty upwards, which two standard errors to either side
+    would hide.
+
+    Args:
+      mean: what the probes saw.
+      error: its standard error.
+      freedom: k (N + 2).
+      dimension: N; no share that is not empty is below 1/N.
+
+    Returns:
+      (lower, upper), of the shape of ``mean``.
+    """
+    seen = mean > 0
+    variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
+    share = 1 / (1 + variance)
+    lower, upper = share_interval(share, share, freedom)
+    height = mean / share
+    return height * lower, height * np.where(seen, np.maximum(upper, 1 / dimension), 0)

@@ -1,66 +1,80 @@
-"""A spectral density in words: what ``print(density)`` shows."""
+"""What ``print`` shows of a spectral density or of the measure of a vector."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hessdensity.text import named_rows, of_operator, plural
 
 if TYPE_CHECKING:
-    from .density import SpectralDensity
+    from .measure import SpectralMeasure
 
 _SHOWN = 5  # outliers, from the largest in size
 
 
-def in_words(density: SpectralDensity) -> str:
-    """The main figures, each with its error, and what they cost."""
-    extremes, zero = density.extremes(), 1e-3 * max(map(abs, density.extent))
-    near_zero = density.mass(-zero, zero)
-    about = density.description
-    operator = about.get("operator", {})
-    kind, error = operator.get("kind", "operator"), about.get("error")
+def summarize(measure: SpectralMeasure, title: str, own: Mapping[str, str | None]) -> str:
+    """The main figures, each with its error, and what they cost.
+
+    Args:
+      measure: what is summarized.
+      title: what it is.
+      own: further rows, which only this type of result has.
+    """
+    extremes, zero = measure.extremes(), 1e-3 * max(map(abs, measure.extent))
+    near_zero = measure.mass(-zero, zero)
+    about = measure.description
     rows = {
         "largest node": f"{extremes.largest:.6g} (residual)",
         "smallest node": f"{extremes.smallest:.6g} (residual)",
-        "outliers": _outliers(density),
-        "Rayleigh quotient": f"{density.moment(1).value:.6g}" if density.given else None,
-        "trace": f"{density.trace():.6g}" if not density.given else None,
-        "Frobenius norm": f"{density.frobenius_norm():.6g}" if not density.given else None,
-        f"share in ±{zero:.2g}": f"{near_zero.value:.4f} (between {near_zero.lower:.4f} and {near_zero.upper:.4f})",
-        "mean loss": f"{operator['loss']:.6g} over {operator['num_examples']:,.6g} examples"
-        if "loss" in operator
-        else None,
-        "error, W1 / range": f"about {error['total']:.1e}: quadrature {error['quadrature']:.1e}, "
-        f"probes {error['probes']:.1e}, coupling {error['coupling']:.1e}"
-        if error
-        else None,
-        "spent": _spent(density),
+        **own,
+        f"share in ±{zero:.2g}": (
+            f"{near_zero.value:.4f} (between {near_zero.lower:.4f} and {near_zero.upper:.4f})"
+        ),
+        "mean loss": _loss(about.get("operator", {})),
+        "error, W1 / range": _error(about.get("error")),
+        "spent": _spent(measure),
         "stopped": about.get("stopped"),
     }
-    lines = [f"  {name:<17} {text}" for name, text in rows.items() if text]
-    of = f"of {'an' if kind == 'operator' else 'a'} {kind}"
-    title = (
-        f"Measure of a vector over the spectrum {of}" if density.given else f"Spectral density {of}"
+    return "\n".join(
+        [f"{title} {of_operator(about)}, n = {measure.dimension:,}", *named_rows(rows)]
     )
-    return "\n".join([f"{title}, n = {density.dimension:,}", *lines])
 
 
-def _outliers(density: SpectralDensity) -> str | None:
-    """The eigenvalues that deflation has found."""
-    values = sorted(density.outliers[:, 0], key=abs, reverse=True)
+def found(outliers: np.ndarray) -> str | None:
+    """The eigenvalues that deflation has found, largest in size first."""
+    values = sorted(outliers[:, 0], key=abs, reverse=True)
     if not values:
         return None
     shown = ", ".join(f"{value:.4g}" for value in values[:_SHOWN])
     return f"{len(values)} eigenvalues found: {shown}" + (", ..." if len(values) > _SHOWN else "")
 
 
-def _spent(density: SpectralDensity) -> str:
-    """Products, time, and what they went into."""
-    about, parts = density.description, []
+def _loss(operator: Mapping[str, Any]) -> str | None:
+    if "loss" not in operator:
+        return None
+    return f"{operator['loss']:.6g} over {operator['num_examples']:,.6g} examples"
+
+
+def _error(error: Mapping[str, float] | None) -> str | None:
+    if not error:
+        return None
+    parts = ", ".join(f"{name} {error[name]:.1e}" for name in ("quadrature", "probes", "coupling"))
+    return f"about {error['total']:.1e}: {parts}"
+
+
+def _spent(measure: SpectralMeasure) -> str:
+    """Products, time, and what they were spent on."""
+    about, parts = measure.description, []
     spent = about.get("spent", {})
     if spent.get("deflation"):
         parts.append(f"{spent['deflation']} steps of deflation")
     groups = spent.get("probes", [])
     for num_steps in sorted({num_steps for _, num_steps in groups}):
         count = sum(group[0] for group in groups if group[1] == num_steps)
-        parts.append(f"{count} probe{'s' * (count > 1)} of {num_steps} steps")
+        parts.append(f"{plural(count, 'probe')} of {num_steps} steps")
     seconds = f", {about['seconds']:.1f} s" if "seconds" in about else ""
-    return f"{density.num_matvecs} products{seconds}" + (f": {', '.join(parts)}" if parts else "")
+    details = f": {', '.join(parts)}" if parts else ""
+    return f"{plural(measure.num_matvecs, 'product')}{seconds}{details}"

@@ -5,21 +5,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessdensity.data.passes import Report, total_count
-from hessdensity.losses.total import Loss, batch_total
-from hessdensity.operators.hessian import Hessian
+from hessdensity.data.passes import Count
+from hessdensity.losses.risk import EmpiricalRisk, gradient_kernel
+from hessdensity.losses.total import Loss
 from hessdensity.spectra.eigenspace import Eigenspace
-from hessdensity.spectra.projection import components, one_vector, shares
-from hessdensity.vectors import trees as _trees
+from hessdensity.spectra.subspaces import components, one_vector, shares
+from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where
-
-PyTree = Any
+from hessdensity.vectors.trees import PyTree, Vector
 
 _SHOWN = 20  # directions
 
@@ -107,6 +106,8 @@ def gradient_covariance(
     *,
     where: Where = None,
     precision: str | None = "highest",
+    data_axis: str | None = "data",
+    microbatch: int | None = None,
 ) -> GradientCovariance:
     """Mean and covariance of the batches' gradients in an eigenspace: does the noise of SGD lie
     there too?
@@ -119,20 +120,27 @@ def gradient_covariance(
     for even batches the sample covariance of the g_b. Its expectation is that of a batch of N/B
     examples however uneven the batches are, if each is a random draw: the covariance of g_b falls
     as 1/N_b. So N/B times it is the covariance of single examples' gradients, and the noise at any
-    other batch size follows. Batches sorted by class are no random draw: shuffle once, and keep the
-    order.
+    other batch size follows. Batches sorted by class are no random
+    draw: shuffle once, and keep the order.
 
-    Args: loss: ``loss(params, batch)``, as for `Hessian`. params: pytree of parameters. data:
-      batches, as for `Hessian`, of the size whose noise is asked for; not necessarily those of the
-      eigenspace. eigenspace: rank eigenvectors, of the Hessian or of another operator on the same
-      leaves. where: the leaves that form the vector, as for the operator of the eigenspace.
+    Args:
+      loss: ``loss(params, batch)``, as for `Hessian`.
+      params: pytree of parameters.
+      data: batches, as for `Hessian`, of the size whose noise is asked for; not necessarily those
+        of the eigenspace.
+      eigenspace: rank eigenvectors, of the Hessian or of another operator on the same leaves.
+      where: the leaves that form the vector, as for the operator of the eigenspace.
       precision: matrix-product precision, as for `Hessian`.
+      data_axis: the mesh axis over which examples are split, as for `Hessian`.
+      microbatch: the most examples that go through the model at once, as for `Hessian`.
 
     Returns:
       `GradientCovariance`. Of rank B - 1 at most: many batches, for a whole matrix.
 
-    Raises: TypeError, ValueError: as `Hessian`; an eigenspace of other leaves, or not orthonormal;
-      fewer than two batches. FloatingPointError: a gradient is not finite; names the batch.
+    Raises:
+      TypeError, ValueError: as `Hessian`; an eigenspace of other leaves, or not orthonormal; fewer
+      than two batches.
+      FloatingPointError: a gradient is not finite; names the batch.
 
     Cost: one pass over the data, one gradient a batch, and reading the eigenvectors twice a batch.
     Memory: four gradients; none is kept.
@@ -148,81 +156,69 @@ def gradient_covariance(
       >>> result.mean.tolist(), result.covariance.round(4).tolist(), result.noise_concentration.round(4).tolist()
       ([1.0], [[0.1667]], [0.5])
     """
-    hessian = Hessian(loss, params, data, where=where, precision=precision)
-    one_vector(eigenspace)
-    vectors, _ = _trees.as_block(eigenspace.vectors, hessian.like, "eigenspace.vectors")
-    origin: PyTree = None
-    latest: tuple[int, PyTree, jax.Array] | None = (
-        None  # a batch in work: its number, gradient of its sum, count
+    risk = EmpiricalRisk(
+        loss,
+        params,
+        data,
+        where=where,
+        precision=precision,
+        data_axis=data_axis,
+        microbatch=microbatch,
     )
-    along: list[jax.Array] = []
-    lengths: list[jax.Array] = []
+    one_vector(eigenspace)
+    vectors, _ = trees.as_block(eigenspace.vectors, risk.like, "eigenspace.vectors")
 
-    def step(total: PyTree, index: int, piece: PyTree) -> tuple[PyTree, Report]:
-        nonlocal latest
-        hessian._check(piece)
-        gradient, report = _piece_gradient(hessian.loss, hessian.params, piece)
-        if latest is not None and latest[0] == index:
-            latest = index, _trees.add(latest[1], gradient), latest[2] + report.count
-            return total, report
-        total, latest = finish(total), (index, gradient, report.count)
-        return total, report
+    def combine(scatter: _Scatter, gradients: list[Vector], count: jax.Array) -> _Scatter:
+        gradient = _mean(gradients[0], count)
+        # The squares of g_b less the square of g would cancel where the noise is small beside g,
+        # and g is not known before the pass ends. The covariance is the same from any origin, and
+        # the first batch's gradient is close to all others.
+        origin = gradient if scatter.origin is None else scatter.origin
+        added = _add_deviation(scatter.total, gradient, origin, vectors, count)
+        total, parts, length = added
+        return _Scatter(origin, total, [*scatter.along, parts], [*scatter.lengths, length])
 
-    def finish(total: PyTree) -> PyTree:
-        """The total with the latest batch, of which no more will come."""
-        nonlocal origin
-        if latest is None:
-            return total
-        _, gradient, count = latest
-        gradient = _mean(gradient, count)
-        # Squares of g_b less the square of g would cancel where the noise is small beside g, and g
-        # is not known before the pass ends. The covariance is the same from any origin; the first
-        # batch's gradient is close to all others.
-        origin = gradient if origin is None else origin
-        total, parts, length = _add_deviation(total, gradient, origin, vectors, count)
-        along.append(parts)
-        lengths.append(length)
-        return total
+    start = _Scatter(None, trees.zeros(risk.like), [], [])
+    settings = {"combine": combine, "initial": start, "what": "the gradient"}
+    scatter, numbers = risk.fold(gradient_kernel, [()], **settings)
+    return _covariance(scatter, numbers, eigenspace)
 
-    with jax.default_matmul_precision(precision):
-        total, reports = hessian._passes.accumulate(
-            step, jax.tree.map(jnp.zeros_like, hessian.params)
-        )
-        total = finish(total)
-    num_examples = total_count(reports, "the gradient")
-    counts = np.array([report.count.item() for report in reports], float)
+
+class _Scatter(NamedTuple):
+    """The gradients of the batches so far, as deviations from the first one."""
+
+    origin: Vector | None
+    total: Vector  # sum over batches of count x deviation
+    along: list[jax.Array]  # components of each deviation along the eigenvectors
+    lengths: list[jax.Array]  # its norm
+
+
+def _covariance(
+    scatter: _Scatter, numbers: list[Count], eigenspace: Eigenspace
+) -> GradientCovariance:
+    counts = np.array(numbers, float)
     num_batches = int(np.sum(counts > 0))
     if num_batches < 2:
         raise ValueError(
             f"data hold {num_batches} batch with any example; expected two at least, whose "
             "gradients can differ: cut them with hd.batches(arrays, batch_size)."
         )
-    full, norm, shift = _full_gradient(origin, total, num_examples)
+    full, norm, shift = _full_gradient(scatter.origin, scatter.total, sum(numbers))
     weights, scale = counts / counts.sum(), num_batches / (num_batches - 1)
-    deviations = np.asarray(jax.device_get(along), float)
+    deviations = np.asarray(jax.device_get(scatter.along), float)
     deviations -= weights @ deviations
-    square = weights @ np.asarray(jax.device_get(lengths), float) ** 2 - float(shift) ** 2
+    squares = np.asarray(jax.device_get(scatter.lengths), float) ** 2
+    square = float(weights @ squares) - float(shift) ** 2
     return GradientCovariance(
         mean=components(eigenspace, full),
         covariance=scale * (deviations.T * weights) @ deviations,
         values=eigenspace.values,
-        total_variance=scale * max(float(square), 0.0),
+        total_variance=scale * max(square, 0.0),
         squared_norm=float(norm) ** 2,
         num_batches=num_batches,
-        num_examples=num_examples,
-        dimension=_trees.size(hessian.like),
+        num_examples=sum(numbers),
+        dimension=eigenspace.dimension,
     )
-
-
-@jax.jit
-def _piece_gradient(loss: Loss, params: PyTree, piece: PyTree) -> tuple[PyTree, Report]:
-    """(gradient of the sum of the losses, what the piece was)."""
-
-    def value(params: PyTree) -> tuple[jax.Array, jax.Array]:
-        return batch_total(loss, params, piece)
-
-    (piece_sum, count), gradient = jax.value_and_grad(value, has_aux=True)(params)
-    return gradient, Report(piece_sum, count, _trees.all_finite(gradient))
 
 
 @jax.jit
@@ -240,7 +236,7 @@ def _add_deviation(
     deviation = jax.tree.map(lambda x, y: (x - y)[None], gradient, origin)
     total = jax.tree.map(lambda leaf, d: leaf + d[0] * count.astype(leaf.dtype), total, deviation)
     wide = jax.tree.map(lambda leaf, d: jnp.broadcast_to(d, leaf.shape), vectors, deviation)
-    return total, _trees.inner(vectors, wide), _trees.norm(deviation)[0]
+    return total, trees.inner(vectors, wide), trees.norm(deviation)[0]
 
 
 @jax.jit
@@ -251,4 +247,4 @@ def _full_gradient(
     origin)."""
     shift = jax.tree.map(lambda leaf: (leaf / jnp.asarray(count, leaf.dtype))[None], total)
     full = jax.tree.map(lambda x, y: x[None] + y, origin, shift)
-    return full, _trees.norm(full)[0], _trees.norm(shift)[0]
+    return full, trees.norm(full)[0], trees.norm(shift)[0]

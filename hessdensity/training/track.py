@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ import numpy as np
 from hessdensity.spectra.archive import Contents
 from hessdensity.spectra.density import SpectralDensity
 from hessdensity.spectra.eigenspace import Eigenspace
+from hessdensity.text import of_operator, plural, table
 
-from . import track_archive as _track_archive
+from . import track_archive
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes  # noqa: TID251
@@ -23,14 +24,17 @@ def zeta(eigenspace: Eigenspace, k: int | None = None) -> float:
     """How far the largest eigenvalue stands out: lambda_1 / lambda_k, the i-th largest being
     lambda_i.
 
-    With k the number of classes, small where batch normalisation is at work and large without it
+    With k the number of classes, small where batch normalization is at work and large without it
     (Ghorbani, Krishnan and Xiao 2019).
 
-    Args: eigenspace: the algebraically largest eigenvalues: ``which="LA"``, or ``"LM"`` as long as
-      lambda_k is positive. k: 1 to the rank (default: the rank).
+    Args:
+      eigenspace: the algebraically largest eigenvalues: ``which="LA"``, or ``"LM"`` as long as
+        lambda_k is positive.
+      k: 1 to the rank (default: the rank).
 
-    Raises: ValueError: k outside its range; lambda_k is not positive, so that the ratio compares no
-      sizes.
+    Raises:
+      ValueError: k outside its range; lambda_k is not positive, so that the ratio compares no
+        sizes.
 
     Example:
       >>> zeta(Eigenspace([6.0, 3.0, 2.0], np.eye(4, dtype=np.float32)[:3], np.zeros(3), [True] * 3, 0))
@@ -57,7 +61,7 @@ def check_k(k: Any, rank: int, name: str = "k") -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Measurement:
+class TrackPoint:
     """One checkpoint of a `Track`: all on the host."""
 
     step: float
@@ -84,8 +88,20 @@ class Measurement:
     seconds: float
     """Time it took."""
 
+    @staticmethod
+    def of(columns: Mapping[str, Any], contents: Contents | None) -> TrackPoint:
+        """A point from its saved columns, and the contents of its density."""
+        row: dict[str, Any] = {name: np.asarray(value) for name, value in columns.items()}
+        row |= {name: float(value) for name, value in row.items() if not np.ndim(value)}
+        row |= {"converged": row["converged"].astype(bool), "num_matvecs": int(row["num_matvecs"])}
+        return TrackPoint(**row, density=SpectralDensity(*contents) if contents else None)
 
-_COLUMNS = tuple(f.name for f in fields(Measurement) if f.name != "density")
+    def columns(self) -> dict[str, Any]:
+        """All but the density, as JSON takes it; the inverse of `of`."""
+        return {name: np.asarray(getattr(self, name), float).tolist() for name in COLUMNS}
+
+
+COLUMNS = tuple(f.name for f in fields(TrackPoint) if f.name != "density")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -105,7 +121,7 @@ class Track:
       ([[6.0, 3.0], [12.0, 6.0]], [2.0, 2.0], [nan, 1.0])
     """
 
-    measurements: tuple[Measurement, ...]
+    points: tuple[TrackPoint, ...]
     """One a checkpoint, in the order of their steps."""
     eigenspace: Eigenspace | None = None
     """That of the last checkpoint, with its vectors on the device. Not saved."""
@@ -157,20 +173,18 @@ class Track:
     @property
     def num_matvecs(self) -> np.ndarray:
         """(T,) int: products spent, on the eigenspace and on the density."""
-        spent = [
-            m.num_matvecs + (m.density.num_matvecs if m.density else 0) for m in self.measurements
-        ]
+        spent = [m.num_matvecs + (m.density.num_matvecs if m.density else 0) for m in self.points]
         return np.array(spent, int)
 
     @property
     def densities(self) -> tuple[SpectralDensity | None, ...]:
         """One `SpectralDensity` a checkpoint, or None where it was left out."""
-        return tuple(measurement.density for measurement in self.measurements)
+        return tuple(point.density for point in self.points)
 
     @property
     def rank(self) -> int:
         """Eigenvalues a checkpoint."""
-        return self.measurements[0].values.size if self.measurements else 0
+        return self.points[0].values.size if self.points else 0
 
     def zetas(self, k: int | None = None) -> np.ndarray:
         """(T,) float64: lambda_1 / lambda_k (`zeta`), NaN where lambda_k is not positive.
@@ -178,7 +192,7 @@ class Track:
         Args:
           k: 1 to the rank (default: ``num_classes``, or the rank).
         """
-        if not self.measurements:
+        if not self.points:
             return np.zeros(0)
         k = k or self._k
         check_k(k, self.rank)
@@ -190,22 +204,22 @@ class Track:
         return self.num_classes or self.rank
 
     def _column(self, name: str) -> np.ndarray:
-        return np.array([getattr(measurement, name) for measurement in self.measurements], float)
+        return np.array([getattr(point, name) for point in self.points], float)
 
     def __len__(self) -> int:
-        return len(self.measurements)
+        return len(self.points)
 
     def __repr__(self) -> str:
         return f"<Track of {len(self)} checkpoints, rank {self.rank}>"
 
     def __str__(self) -> str:
         about, k, rank = self.description, self._k, self.rank
-        kind = f" of a {about['operator']}" if "operator" in about else ""
-        title = f"Track{kind}, {len(self)} checkpoint{'s' * (len(self) != 1)}"
-        if not self.measurements:
+        of = f" {of_operator(about)}" if "operator" in about else ""
+        title = f"Track{of}, {plural(len(self), 'checkpoint')}"
+        if not self.points:
             return title
         zetas, spent, unsure = self.zetas(), self.num_matvecs, (~self.converged).sum(1)
-        columns: list[tuple[str, Callable[[int, Measurement], str]]] = [
+        columns: list[tuple[str, Callable[[int, TrackPoint], str]]] = [
             ("step", lambda i, m: f"{m.step:,.10g}"),
             ("loss", lambda i, m: _number(m.loss, ".5g")),
             ("|gradient|", lambda i, m: _number(m.gradient_norm, ".3g")),
@@ -214,42 +228,28 @@ class Track:
             ("zeta", lambda i, m: _number(zetas[i], ".3g")),
             (f"gradient in top {rank}", lambda i, m: _number(m.concentration[-1], ".3f")),
             ("overlap", lambda i, m: _number(m.overlap, ".3f")),
-            (
-                "products",
-                lambda i, m: (
-                    f"{spent[i]:,}" + (f", {unsure[i]} not converged" if unsure[i] else "")
-                ),
-            ),
+            ("products", lambda i, m: f"{spent[i]:,}"),
+            ("not converged", lambda i, m: f"{unsure[i]}" if unsure[i] else ""),
         ]
         rows = [[name for name, _ in columns]]
-        rows += [[cell(i, m) for _, cell in columns] for i, m in enumerate(self.measurements)]
-        widths = [
-            max(map(len, column)) for column in zip(*([row[:-1] for row in rows]), strict=True)
-        ] + [8]
-        lines = [
-            "  " + "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True))
-            for row in rows
-        ]
+        rows += [[cell(i, m) for _, cell in columns] for i, m in enumerate(self.points)]
         stopped = [f"  stopped: {about['stopped']}"] if about.get("stopped") else []
-        return "\n".join([title, *lines, *stopped])
+        return "\n".join([title, *table(rows), *stopped])
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """A heat map of the density over training; ``options`` as for
-        `hessdensity.track_plots.plot_track`."""
-        from hessdensity.plots.track import plot_track
+        `hessdensity.plots.plot_track`."""
+        from hessdensity.plots import plot_track
 
         return plot_track(self, ax, **options)
 
     def save(self, path: str | Path) -> None:
         """Write a versioned ``.npz`` without pickles to exactly ``path``; all but the eigenspace's
         vectors."""
-        columns = {name: self._column(name) for name in _COLUMNS}
-        densities = [
-            Contents(d.rules, d.dimension, d.num_matvecs, d.description, d.given) if d else None
-            for d in self.densities
-        ]
+        columns = {name: self._column(name) for name in COLUMNS}
+        densities = [density and density._contents() for density in self.densities]
         about = {"num_classes": self.num_classes, "description": self.description}
-        _track_archive.write(path, _track_archive.TrackContents(columns, densities, about))
+        track_archive.write(path, track_archive.TrackContents(columns, densities, about))
 
     @staticmethod
     def load(path: str | Path) -> Track:
@@ -259,26 +259,20 @@ class Track:
           FileNotFoundError: there is no such file.
           ValueError: the file is not a saved track, or one of a newer version of the format.
         """
-        columns, densities, about = _track_archive.read(path)
-        if missing := set(_COLUMNS) - set(columns):
+        columns, densities, about = track_archive.read(path)
+        description = about["description"]
+        if isinstance(description.get("operator"), str):  # as version 0.1 wrote it
+            description["operator"] = {"kind": description["operator"]}
+        if missing := set(COLUMNS) - set(columns):
             raise ValueError(
                 f"path={str(path)!r} is a damaged track: {sorted(missing)} are missing. Save it "
                 "again."
             )
-        rows = []
-        for i, contents in enumerate(densities):
-            row: dict[str, Any] = {name: column[i] for name, column in columns.items()}
-            scalars = {name: float(value) for name, value in row.items() if not np.ndim(value)}
-            row |= scalars | {
-                "converged": row["converged"].astype(bool),
-                "num_matvecs": int(row["num_matvecs"]),
-            }
-            rows.append(
-                Measurement(
-                    **row, density=SpectralDensity(**contents._asdict()) if contents else None
-                )
-            )
-        return Track(tuple(rows), None, about["num_classes"], about["description"])
+        points = tuple(
+            TrackPoint.of({name: column[i] for name, column in columns.items()}, contents)
+            for i, contents in enumerate(densities)
+        )
+        return Track(points, None, about["num_classes"], description)
 
 
 def _number(value: float, spec: str) -> str:

@@ -1,4 +1,4 @@
-"""A track on disk: columns of one length, and the rules of all densities in one row."""
+"""A track on disk: as one file, and point by point in the checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hessdensity.spectra import archive as _archive
+from hessdensity.spectra import archive
 from hessdensity.spectra.archive import Contents
+from hessdensity.spectra.quadrature import Rule
 
 FORMAT = "hessdensity.Track"
 VERSION = 1
 
 _PREFIX = "column_"
+_ARRAYS = ("nodes", "weights", "residuals")
 
 
 class TrackContents(NamedTuple):
     """The fields of a track that are saved."""
 
     columns: dict[str, np.ndarray]
-    """Of one length, a row a checkpoint."""
+    """Of one length, a row for each checkpoint."""
     densities: list[Contents | None]
-    """One or none a row."""
+    """One or none for each row."""
     about: dict[str, Any]
-    """What JSON can say."""
+    """What JSON can hold."""
 
 
 def write(path: str | Path, contents: TrackContents) -> None:
@@ -36,14 +38,14 @@ def write(path: str | Path, contents: TrackContents) -> None:
         "about": np.array(json.dumps(contents.about, default=str)),
         "densities": np.array(json.dumps(heads, default=str)),
         **{_PREFIX + name: column for name, column in contents.columns.items()},
-        **_archive.pack(rules),
+        **archive.pack(rules),
     }
-    _archive.store(path, FORMAT, VERSION, arrays)
+    archive.store(path, FORMAT, VERSION, arrays)
 
 
 def read(path: str | Path) -> TrackContents:
     """What `write` was given. Raises ValueError for any other file."""
-    return _archive.load(path, FORMAT, VERSION, "track", "Track.save", _unpack)
+    return archive.load(path, {FORMAT}, VERSION, "track", "Track.save", _unpack)
 
 
 def _unpack(saved: dict[str, Any]) -> TrackContents:
@@ -52,9 +54,30 @@ def _unpack(saved: dict[str, Any]) -> TrackContents:
         for name, column in saved.items()
         if name.startswith(_PREFIX)
     }
-    rules, heads = iter(_archive.unpack(saved)), json.loads(str(saved["densities"]))
-    densities = [
-        d and Contents(**{**d, "rules": tuple(next(rules) for _ in range(d["rules"]))})
-        for d in heads
-    ]
+    rules = iter(archive.unpack(saved))
+    densities = []
+    for head in json.loads(str(saved["densities"])):
+        own = tuple(next(rules) for _ in range(head["rules"])) if head else ()
+        densities.append(_contents(head, own) if head else None)
     return TrackContents(columns, densities, json.loads(str(saved["about"])))
+
+
+def density_as_json(contents: Contents | None) -> dict[str, Any] | None:
+    """A density as JSON takes it; floats keep every bit."""
+    if contents is None:
+        return None
+    rules = [
+        {name: getattr(rule, name).tolist() for name in _ARRAYS}
+        | {"num_deflated": rule.num_deflated, "coupling": rule.coupling}
+        for rule in contents.rules
+    ]
+    return {**contents._asdict(), "rules": rules}
+
+
+def density_from_json(saved: dict[str, Any] | None) -> Contents | None:
+    """The inverse of `density_as_json`."""
+    return saved and _contents(saved, tuple(Rule(**rule) for rule in saved["rules"]))
+
+
+def _contents(head: dict[str, Any], rules: tuple[Rule, ...]) -> Contents:
+    return Contents(rules, head["dimension"], head["num_matvecs"], head["description"])

@@ -1,2 +1,4 @@
-"""Algebra on parameter pytrees: sums of bounded length, random vectors, bases, orthogonalization,
-selection."""
+"""Algebra on parameter pytrees: sums, random vectors, stored bases, orthogonalization, selection.
+
+How a vector lies in memory is decided in this wing and nowhere else.
+"""

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import trees as _trees
-
-PyTree = Any
+from . import trees
+from .trees import PyTree
 
 
 def signature(tree: PyTree) -> list[str]:
     """Name, dtype and shape of every leaf, in words."""
     return [
         f"{name} {x.dtype}{list(x.shape)}"
-        for name, x in zip(_trees.paths(tree), jax.tree.leaves(tree), strict=True)
+        for name, x in zip(trees.paths(tree), jax.tree.leaves(tree), strict=True)
     ]
 
 

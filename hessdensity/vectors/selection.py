@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from . import trees as _trees
+from . import trees
 
 Where = str | Callable[[str], bool] | None
 
@@ -52,7 +52,7 @@ def select(tree: Any, where: Where) -> Selection:
       TypeError: ``where`` is neither.
       ValueError: nothing matches; the message lists the paths.
     """
-    names = _trees.paths(tree)
+    names = trees.paths(tree)
     if where is None:
         chosen = [True] * len(names)
     elif isinstance(where, str):

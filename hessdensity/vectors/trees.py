@@ -1,17 +1,17 @@
 """Algebra on parameter pytrees, and the one place that fixes its precision.
 
-A *vector* is a pytree of arrays; a *block* stacks k vectors, every leaf being (k, *leaf.shape); a
-*chunk* stacks c basis vectors for each of k probes, every leaf being (k, c, *leaf.shape). Trees
-stay trees: a sharded parameter is never gathered into one flat array.
+A *vector* is a pytree of arrays. A *block* stacks k vectors: every leaf is (k, *leaf.shape). A
+*chunk* stacks c basis vectors for each of k probes (`hessdensity.vectors.basis`). Trees stay trees:
+a sharded parameter is never gathered into one flat array.
 
-How inner products round, and what they send between devices, is said in `_sums`.
+`hessdensity.vectors.sums` explains how inner products round and what they send between devices.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,23 @@ from jax.sharding import (
 
 from .sums import sum_products
 
-PyTree = Any
+PyTree: TypeAlias = Any
+Vector: TypeAlias = Any
+"""A pytree of arrays: one vector, such as a network's parameters."""
+Block: TypeAlias = Any
+"""k vectors in one pytree: every leaf has a leading axis of length k."""
+Chunk: TypeAlias = Any
+"""c basis vectors for each of k probes in one pytree, laid out for the speed of memory."""
 
 
 def size(like: PyTree) -> int:
     """The number n of entries of one vector."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(like))
+
+
+def dimension(block: Block) -> int:
+    """The number n of entries of each vector in a block."""
+    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(block))
 
 
 def scalar_dtype(like: PyTree) -> np.dtype:
@@ -65,7 +76,8 @@ def named(tree: PyTree) -> PyTree:
 # Inner products ------------------------------------------------------------------------------------------------------
 
 
-def inner(a: PyTree, b: PyTree) -> jax.Array:
+@jax.jit
+def inner(a: Block, b: Block) -> jax.Array:
     """Inner products of two blocks, vector by vector: (k,)."""
     dtype = scalar_dtype(a)
     sums = (
@@ -75,7 +87,8 @@ def inner(a: PyTree, b: PyTree) -> jax.Array:
     return functools.reduce(jnp.add, sums)
 
 
-def norm(block: PyTree) -> jax.Array:
+@jax.jit
+def norm(block: Block) -> jax.Array:
     """Euclidean norms of the k vectors: (k,).
 
     Scaled by the largest entry first: the squares of tiny and huge ones would leave the range of
@@ -97,9 +110,21 @@ def column(scalars: jax.Array, leaf: jax.Array) -> jax.Array:
     return scalars.astype(leaf.dtype).reshape(-1, *[1] * (leaf.ndim - 1))
 
 
-def scale(block: PyTree, factors: jax.Array) -> PyTree:
+def scale(block: Block, factors: jax.Array) -> Block:
     """Each vector times its own factor."""
     return jax.tree.map(lambda leaf: leaf * column(factors, leaf), block)
+
+
+@jax.jit
+def normalize(block: Block, norms: jax.Array) -> Block:
+    """Each vector over its own norm. A vector whose norm is 0 or infinite becomes the zero vector."""
+    return scale(block, 1 / jnp.where(norms > 0, norms, jnp.inf))
+
+
+def unit(block: Block) -> tuple[Block, jax.Array]:
+    """(the vectors at length 1, or zero where they are zero; their norms (k,))."""
+    norms = norm(block)
+    return normalize(block, norms), norms
 
 
 def subtract(block: PyTree, factors: jax.Array, other: PyTree) -> PyTree:
@@ -107,6 +132,7 @@ def subtract(block: PyTree, factors: jax.Array, other: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x - y * column(factors, x), block, other)
 
 
+@jax.jit
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether every entry is finite, a scalar."""
     return functools.reduce(
@@ -142,6 +168,20 @@ def stacked_sharding(leaf: jax.ShapeDtypeStruct, lead: int) -> Sharding | None:
     return leaf.sharding
 
 
+def one_of(block: Block) -> Vector:
+    """Shapes, dtypes and shardings of one vector of a block."""
+
+    def describe(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        elif not getattr(leaf, "committed", False):
+            sharding = None
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(describe, block)
+
+
 def abstract_block(like: PyTree, count: int) -> PyTree:
     """Shapes, dtypes and shardings of a block of ``count`` vectors."""
 
@@ -160,41 +200,6 @@ def zeros(like: PyTree, *lead: int) -> PyTree:
         ),
         like,
     )
-
-
-def random_block(key: jax.Array, first: int, count: int, like: PyTree) -> PyTree:
-    """``count`` vectors uniform on the unit sphere: normalised Gaussians, E[v vT] = I/n.
-
-    Vector i depends on ``fold_in(key, first + i)`` alone: not on how many are drawn with it, nor on
-    any sharding."""
-    leaves = jax.tree.leaves(like)
-    block = _gaussian_sampler(tuple(leaves))(
-        key, jnp.arange(first, first + count, dtype=jnp.uint32)
-    )
-    return jax.tree.unflatten(jax.tree.structure(like), _normalise(block))
-
-
-@functools.lru_cache
-def _gaussian_sampler(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Any:
-    def sample(key: jax.Array, indices: jax.Array) -> list[jax.Array]:
-        keys = jax.vmap(
-            lambda index: jax.random.split(jax.random.fold_in(key, index), len(leaves))
-        )(indices)
-        return [
-            jax.vmap(functools.partial(jax.random.normal, shape=leaf.shape, dtype=leaf.dtype))(
-                keys[:, position]
-            )
-            for position, leaf in enumerate(leaves)
-        ]
-
-    return jax.jit(sample, out_shardings=[stacked_sharding(leaf, 1) for leaf in leaves])
-
-
-@jax.jit
-def _normalise(block: PyTree) -> PyTree:
-    """At unit length. Not in one program with the draw, which XLA would repeat in every use and
-    compile for minutes."""
-    return scale(block, 1 / norm(block))
 
 
 def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> tuple[PyTree, bool]:
@@ -226,9 +231,25 @@ def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> t
     return (jax.tree.map(lambda leaf: leaf[None], block) if single else block), single
 
 
-def first_vector(block: PyTree) -> PyTree:
+def count(block: Block) -> int:
+    """The number k of vectors in a block."""
+    return int(jax.tree.leaves(block)[0].shape[0])
+
+
+def first_vector(block: Block) -> Vector:
     """The first of the k vectors."""
     return jax.tree.map(lambda leaf: leaf[0], block)
+
+
+def as_single(vector: Vector) -> Block:
+    """The block that holds one vector: the inverse of `first_vector`."""
+    return jax.tree.map(lambda leaf: leaf[None], vector)
+
+
+@jax.jit
+def pick(block: Block, index: jax.Array | int) -> Block:
+    """Vector number ``index`` as a block of one, by a program that serves every index."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), block)
 
 
 def split(block: PyTree, count: int) -> list[PyTree]:

@@ -1,4 +1,5 @@
-"""A Flax model behaves as the plain function that it is, with the statistics that the caller chose."""
+"""A Flax model behaves as the plain function that it is, with the statistics that the caller chose.
+"""
 
 import flax.errors
 import jax
@@ -17,19 +18,19 @@ X = RNG.standard_normal((10, 3)).astype(np.float32)
 Y = RNG.standard_normal((10, 4)).astype(np.float32)
 WHOLE = [(X, Y)]
 BATCHES = hd.batches((X, Y), 6)  # of 6 and of 4
-EPSILON = 1e-5  # of the normalisation, in both Flax interfaces
+EPSILON = 1e-5  # of the normalization, in both Flax interfaces
 
 
 class Linen(linen.Module):
     """3-4-4, with what a test wants in the middle."""
 
-    normalise: bool = False
+    normalize: bool = False
     rate: float = 0.0
 
     @linen.compact
     def __call__(self, x, train=False):
         x = linen.Dense(4)(x)
-        if self.normalise:
+        if self.normalize:
             x = linen.BatchNorm(use_running_average=not train)(x)
         x = linen.Dropout(self.rate, deterministic=not train)(jnp.tanh(x))
         return linen.Dense(4)(x)
@@ -38,10 +39,10 @@ class Linen(linen.Module):
 class Nnx(nnx.Module):
     """The same."""
 
-    def __init__(self, seed=0, normalise=False, rate=0.0, **switch):
+    def __init__(self, seed=0, normalize=False, rate=0.0, **switch):
         rngs = nnx.Rngs(seed)
         self.first = nnx.Linear(3, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs) if normalise else None
+        self.norm = nnx.BatchNorm(4, rngs=rngs) if normalize else None
         self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.last = nnx.Linear(4, 4, rngs=rngs)
         self.switch = switch
@@ -54,7 +55,7 @@ class Nnx(nnx.Module):
 
 def shifted(tree):
     """Other numbers in the same tree: no zero biases, unit scales, or statistics as they were
-    initialised."""
+    initialized."""
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(1)
     return jax.tree.unflatten(
@@ -62,9 +63,9 @@ def shifted(tree):
     )
 
 
-def make_linen(normalise=False, statistics=None, seed=0, **options):
+def make_linen(normalize=False, statistics=None, seed=0, **options):
     """(loss, params, the layers by name, the statistics) of a linen model."""
-    model = Linen(normalise)
+    model = Linen(normalize)
     variables = shifted(model.init(jax.random.key(seed), X))
     loss, params = adapters.from_linen(
         model,
@@ -77,21 +78,21 @@ def make_linen(normalise=False, statistics=None, seed=0, **options):
     return loss, params, names, variables.get("batch_stats", {}).get("BatchNorm_0")
 
 
-def make_nnx(normalise=False, statistics=None, seed=0, rate=0.0):
-    model = Nnx(seed, normalise, rate)
+def make_nnx(normalize=False, statistics=None, seed=0, rate=0.0):
+    model = Nnx(seed, normalize, rate)
     nnx.update(model, shifted(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))))
     loss, params = adapters.from_nnx(model, losses.mean_squared_error, batch_statistics=statistics)
-    stored = {"mean": model.norm.mean[...], "var": model.norm.var[...]} if normalise else None
+    stored = {"mean": model.norm.mean[...], "var": model.norm.var[...]} if normalize else None
     return loss, params, {"first": "first", "norm": "norm", "last": "last"}, stored
 
 
-def by_hand(params, names, batch, stored, normalise):
-    """The model written out: normalised by the batch's own statistics where none are stored."""
+def by_hand(params, names, batch, stored, normalize):
+    """The model written out: normalized by the batch's own statistics where none are stored."""
     x, y = batch
     p = {name: nnx.to_pure_dict(params)[path] if isinstance(params, nnx.State) else params[path]
-         for name, path in names.items() if normalise or name != "norm"}  # fmt: skip
+         for name, path in names.items() if normalize or name != "norm"}  # fmt: skip
     x = x @ p["first"]["kernel"] + p["first"]["bias"][None]
-    if normalise:
+    if normalize:
         mean, var = (stored["mean"], stored["var"]) if stored else (x.mean(0), x.var(0))
         x = (x - mean[None]) / jnp.sqrt(var + EPSILON)[None] * p["norm"]["scale"][None] + p["norm"][
             "bias"
@@ -99,13 +100,13 @@ def by_hand(params, names, batch, stored, normalise):
     return jnp.mean((jnp.tanh(x) @ p["last"]["kernel"] + p["last"]["bias"][None] - y) ** 2)
 
 
-def exact(params, names, stored, normalise):
+def exact(params, names, stored, normalize):
     """jax.hessian of the mean over all examples, leaves in tree order."""
     flat, unravel = ravel_pytree(params)
 
     def mean(flat):
         parts = [
-            len(x) * by_hand(unravel(flat), names, (x, y), stored, normalise) for x, y in BATCHES
+            len(x) * by_hand(unravel(flat), names, (x, y), stored, normalize) for x, y in BATCHES
         ]
         return sum(parts) / 10
 
@@ -153,7 +154,7 @@ def test_a_hessian_of_batch_statistics_is_that_of_the_mean_over_these_batches(ma
 
 
 def test_statistics_are_never_written():
-    model = Nnx(normalise=True)
+    model = Nnx(normalize=True)
     before = jax.tree.map(np.array, nnx.state(model, nnx.BatchStat))
     loss, params = adapters.from_nnx(model, losses.mean_squared_error, batch_statistics="batch")
     first = product(loss, params)
@@ -164,7 +165,7 @@ def test_statistics_are_never_written():
 
 @FLAX
 @pytest.mark.parametrize("statistics", [None, "running"])
-def test_a_model_that_normalises_must_be_told_how(make, statistics):
+def test_a_model_that_normalizes_must_be_told_how(make, statistics):
     with pytest.raises(
         ValueError, match=f"batch_statistics={statistics!r}.*choose 'stored'.*or 'batch'"
     ):
@@ -180,7 +181,7 @@ def test_statistics_that_a_model_does_not_carry_are_refused(make):
 
 
 def test_a_linen_model_that_would_write_its_stored_statistics_is_refused():
-    model = Linen(normalise=True)
+    model = Linen(normalize=True)
     loss, params = adapters.from_linen(
         model,
         model.init(jax.random.key(0), X),
@@ -193,7 +194,7 @@ def test_a_linen_model_that_would_write_its_stored_statistics_is_refused():
 
 
 def test_a_linen_model_that_goes_on_using_its_stored_statistics_is_refused_where_the_batchs_were_chosen():
-    model = Linen(normalise=True)
+    model = Linen(normalize=True)
     loss, params = adapters.from_linen(
         model,
         model.init(jax.random.key(0), X),
@@ -207,7 +208,7 @@ def test_a_linen_model_that_goes_on_using_its_stored_statistics_is_refused_where
 
 @pytest.mark.parametrize(("statistics", "used"), [("stored", False), ("batch", True)])
 def test_an_nnx_model_that_has_its_own_mind_about_its_statistics_is_refused(statistics, used):
-    model = Nnx(normalise=True, use_running_average=used)
+    model = Nnx(normalize=True, use_running_average=used)
     loss, params = adapters.from_nnx(model, losses.mean_squared_error, batch_statistics=statistics)
     with pytest.raises(ValueError, match=f"batch_statistics='{statistics}'"):
         hd.Hessian(loss, params, WHOLE) @ params
@@ -244,13 +245,13 @@ def test_dropout_is_what_the_call_options_say_in_a_linen_model():
 
 @FLAX
 @pytest.mark.parametrize(
-    ("normalise", "statistics"), [(False, None), (True, "stored"), (True, "batch")]
+    ("normalize", "statistics"), [(False, None), (True, "stored"), (True, "batch")]
 )
-def test_a_second_checkpoint_compiles_nothing(make, normalise, statistics):
-    loss, params, *_ = make(normalise, statistics, seed=0)
+def test_a_second_checkpoint_compiles_nothing(make, normalize, statistics):
+    loss, params, *_ = make(normalize, statistics, seed=0)
     first = product(loss, params)
     compiled = _add_products._cache_size()
-    loss, params, *_ = make(normalise, statistics, seed=1)
+    loss, params, *_ = make(normalize, statistics, seed=1)
     second = product(loss, params)
     assert _add_products._cache_size() == compiled
     assert np.abs(first - second).max() > 1e-3

@@ -37,11 +37,11 @@ def tiny_problem(count=24):
     [
         (ResNet(20), (32, 32, 3), 269_722),
         (ResNet(32), (32, 32, 3), 464_154),
-        # A convolution's biases take the place of its normalisation's shifts; the 688 scales are
+        # A convolution's biases take the place of its normalization's shifts; the 688 scales are
         # gone.
-        (ResNet(20, normalise=False), (32, 32, 3), 269_722 - 688),
+        (ResNet(20, normalize=False), (32, 32, 3), 269_722 - 688),
         (VGG11(), (32, 32, 3), 9_354_378),
-        (VGG11(normalise=True), (32, 32, 3), 9_359_882),
+        (VGG11(normalize=True), (32, 32, 3), 9_359_882),
         (LeNet5(), (32, 32, 3), 456 + 2_416 + 48_120 + 10_164 + 850),
         (LeNet5(), (28, 28, 1), 156 + 2_416 + 48_120 + 10_164 + 850),
     ],
@@ -61,9 +61,9 @@ def test_a_resnet_of_an_impossible_depth_is_refused():
 
 
 @pytest.mark.parametrize("depth", [8, 32])
-def test_without_normalisation_a_deep_network_starts_with_logits_of_order_one(depth):
+def test_without_normalization_a_deep_network_starts_with_logits_of_order_one(depth):
     inputs, _ = tiny_problem()
-    model = ResNet(depth, width=8, normalise=False)
+    model = ResNet(depth, width=8, normalize=False)
     logits = model.apply(model.init(jax.random.key(0), inputs), inputs)
     assert 0.1 < float(jnp.std(logits)) < 10
 
@@ -79,18 +79,18 @@ def test_population_statistics_make_evaluation_what_one_batch_of_everything_is()
 
 
 @pytest.mark.parametrize(
-    ("statistics", "normalise"), [("batch", True), ("population", True), ("batch", False)]
+    ("statistics", "normalize"), [("batch", True), ("population", True), ("batch", False)]
 )
-def test_a_step_is_the_gradients_of_the_loss_it_says(statistics, normalise):
+def test_a_step_is_the_gradients_of_the_loss_it_says(statistics, normalize):
     inputs, labels = tiny_problem()
-    model = ResNet(**TINY, normalise=normalise)
+    model = ResNet(**TINY, normalize=normalize)
     start = model.init(jax.random.key(0), inputs)
-    start = training.population_statistics(model, start, inputs) if normalise else start
+    start = training.population_statistics(model, start, inputs) if normalize else start
     batch_size = len(inputs)  # then the batch is everything, in whatever order
 
     def loss(params):
-        stats = {"batch_stats": start["batch_stats"]} if normalise else {}
-        if statistics == "batch" and normalise:
+        stats = {"batch_stats": start["batch_stats"]} if normalize else {}
+        if statistics == "batch" and normalize:
             logits, _ = model.apply(
                 {"params": params, **stats}, inputs, False, mutable=["batch_stats"]
             )
@@ -113,7 +113,7 @@ def test_a_step_is_the_gradients_of_the_loss_it_says(statistics, normalise):
 
 
 def test_the_key_decides_the_training():
-    arrays, model = tiny_problem(), ResNet(**TINY, normalise=False)
+    arrays, model = tiny_problem(), ResNet(**TINY, normalize=False)
     start = model.init(jax.random.key(0), arrays[0])
 
     def end(seed):
@@ -144,7 +144,7 @@ def test_checkpoints_come_when_asked_and_at_the_end():
 
 
 def test_training_fits_the_examples():
-    arrays, model = tiny_problem(), ResNet(**{**TINY, "width": 8}, normalise=False)
+    arrays, model = tiny_problem(), ResNet(**{**TINY, "width": 8}, normalize=False)
     start = model.init(jax.random.key(0), arrays[0])
     *_, last = training.train(
         model, start, arrays, jax.random.key(0), num_steps=100, schedule=0.02, batch_size=8
@@ -196,7 +196,7 @@ def test_published_weights_classify_as_published(shared_data, monkeypatch, depth
     images, labels = data.cifar10("test", 500)
     variables = resnet.load_weights(data.folder("weights") / f"cifar10_resnet{depth}.safetensors")
     accuracy = training.accuracy(
-        ResNet(depth), variables, (resnet.normalise(images), labels), batch_size=250
+        ResNet(depth), variables, (resnet.normalize(images), labels), batch_size=250
     )
     assert (
         abs(accuracy * 500 - right) < 1.5

@@ -17,7 +17,7 @@ from hessdensity.adapters.linen import from_linen
 from hessdensity.data import placement
 from hessdensity.data import processes as _agreement
 from hessdensity.data.passes import Passes
-from hessdensity.data.placement import Placement
+from hessdensity.data.placement import BatchPlacement
 
 LOSS, PARAMS, BATCH = mlp(np.float32)
 EXACT = dense_hessian(LOSS, PARAMS, BATCH)
@@ -33,16 +33,16 @@ def on_mesh(tree, count=8, **axes):
 def assert_exact(hessian):
     """A product with the Hessian of all examples."""
     vector = np.random.default_rng(2).standard_normal(55)
-    block = hd.lanczos._trees.unravel(vector[None], hessian.like)
+    block = hd.lanczos.trees.unravel(vector[None], hessian.like)
     np.testing.assert_allclose(
-        hd.lanczos._trees.ravel(hessian @ block)[0], EXACT @ vector, atol=1e-4
+        hd.lanczos.trees.ravel(hessian @ block)[0], EXACT @ vector, atol=1e-4
     )
 
 
 def pieces(batches, *, count=8, **settings):
     """(number of the batch, piece), all of them."""
     return list(
-        Passes(batches, Placement(on_mesh(np.zeros(1, np.float32), count), "data", **settings))
+        Passes(batches, BatchPlacement(on_mesh(np.zeros(1, np.float32), count), "data", **settings))
     )
 
 
@@ -142,7 +142,7 @@ def test_parts_and_the_noise_of_gradients_are_those_of_batches_and_not_of_pieces
     loss, params, batch = scenarios.loss, scenarios.weights(), scenarios.dealt("large", 1)[1][0]
     batches = hd.batches(batch, 14)
     whole, cut = (hd.Hessian(loss, params, batches, microbatch=size) for size in (None, 4))
-    block = hd.lanczos._trees.random_block(key, 0, 4, whole.like)
+    block = hd.lanczos.random_block(key, 0, 4, whole.like)
     (ours, counts), (theirs, expected) = (
         cut.multiply_parts(block, 2),
         whole.multiply_parts(block, 2),
@@ -162,7 +162,7 @@ def test_parts_and_the_noise_of_gradients_are_those_of_batches_and_not_of_pieces
 def test_a_piece_is_placed_when_the_one_before_it_is_handed_over():
     placed = []
 
-    class Spy(Placement):
+    class Spy(BatchPlacement):
         def _put(self, batch, sharding):
             placed.append(len(batch))
             return super()._put(batch, sharding)
@@ -238,39 +238,39 @@ def test_arrays_that_only_jax_has_placed_go_to_the_params():
 # Losses whose batches must not be cut --------------------------------------------------------------------------------
 
 
-def centred(w, batch):
+def centered(w, batch):
     """Logits with the batch's mean taken off them: examples depend on each other."""
     logits = batch @ w
     return jnp.mean((logits - logits.mean()) ** 4)
 
 
-centred.whole_batch = True
+centered.whole_batch = True
 
 
 def test_a_batch_that_must_not_be_cut_is_split_over_the_mesh_or_refused():
     x = np.random.default_rng(0).standard_normal((24, 5)).astype(np.float32)
     w = np.ones(5, np.float32)
-    exact = dense_hessian(centred, jnp.asarray(w), x[:16])
+    exact = dense_hessian(centered, jnp.asarray(w), x[:16])
     np.testing.assert_allclose(
-        hd.dense(hd.Hessian(centred, on_mesh(w), [x[:16]])), exact, rtol=1e-4
+        hd.dense(hd.Hessian(centered, on_mesh(w), [x[:16]])), exact, rtol=1e-4
     )
-    odd = hd.Hessian(functools.partial(centred), on_mesh(w), [x[:16], x[16:21]])
+    odd = hd.Hessian(functools.partial(centered), on_mesh(w), [x[:16], x[16:21]])
     with pytest.raises(
         ValueError,
         match=r"batch 1 has 5 examples, which the 8 devices of the mesh axis 'data' do not",
     ):
         odd @ w
-    whole = hd.Hessian(centred, on_mesh(w), [x[:15]], data_axis=None)
+    whole = hd.Hessian(centered, on_mesh(w), [x[:15]], data_axis=None)
     np.testing.assert_allclose(
-        hd.dense(whole), dense_hessian(centred, jnp.asarray(w), x[:15]), rtol=1e-4
+        hd.dense(whole), dense_hessian(centered, jnp.asarray(w), x[:15]), rtol=1e-4
     )
     with pytest.raises(
         ValueError, match=r"microbatch=4, but the loss says that its batches must not be cut"
     ):
-        hd.Hessian(centred, w, [x], microbatch=4)
+        hd.Hessian(centered, w, [x], microbatch=4)
 
 
-def test_the_adapters_say_which_losses_normalise_over_the_batch():
+def test_the_adapters_say_which_losses_normalize_over_the_batch():
     linen = pytest.importorskip("flax.linen")
     model = linen.BatchNorm()
     variables = model.init(jax.random.key(0), jnp.ones((2, 3)), use_running_average=True)
@@ -294,7 +294,7 @@ def test_the_adapters_say_which_losses_normalise_over_the_batch():
 
 def test_another_length_than_in_the_first_pass_is_refused_by_process_and_batch(monkeypatch):
     monkeypatch.setattr(_agreement, "_exchange", lambda length, batch, index: np.array([length]))
-    agreement = _agreement.Agreement(len)
+    agreement = _agreement.ProcessBatches(len)
     batches = [np.zeros(3), np.zeros(2)]
     for _ in range(2):
         assert [lengths.tolist() for _, lengths in agreement.batches(iter(batches))] == [[3], [2]]

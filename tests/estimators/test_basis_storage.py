@@ -11,7 +11,7 @@ import hessdensity as hd
 from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 
 def operator_of(name, key, dtype):
@@ -19,7 +19,7 @@ def operator_of(name, key, dtype):
 
 
 def run(operator, key, num_steps, tier, count=2):
-    state = lanczos.init(_trees.random_block(key, 0, count, operator.like), num_steps, tier=tier)
+    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, tier=tier)
     for state in lanczos.iterate(operator, state):
         pass
     return state
@@ -80,7 +80,7 @@ def test_without_a_basis_nodes_stay_in_the_spectrum_and_moments_are_the_probes_o
     operator, values = operator_of(name, key, dtype), spectra.ALL[name]
     state = run(operator, key, 60, "none")
     assert state.basis == ()
-    vectors = np.asarray(_trees.random_block(key, 0, 2, operator.like), float)
+    vectors = np.asarray(random_block(key, 0, 2, operator.like), float)
     matrix, scale = hd.dense(operator), np.abs(values).max() or 1
     for probe, vector in zip(tridiagonals(state), vectors, strict=True):
         rule = deflation.merge_ghosts(probe)
@@ -101,7 +101,7 @@ def test_ghosts_share_one_eigenvalues_weight_and_are_merged(key):
     (probe,) = tridiagonals(run(operator, key, 120, "none", count=1))
     plain, merged = gauss_rule(probe), deflation.merge_ghosts(probe)
     eigenvectors = np.linalg.eigh(hd.dense(operator))[1]
-    start = np.asarray(_trees.random_block(key, 0, 1, operator.like), float)[0]
+    start = np.asarray(random_block(key, 0, 1, operator.like), float)[0]
     for index in (-1, -2, -3, 0):
         value, mass = np.sort(values)[index], (start @ eigenvectors[:, index]) ** 2
         near, single = (np.abs(rule.nodes - value) < 1e-3 for rule in (plain, merged))

@@ -12,7 +12,7 @@ from problems import dense_hessian, mlp
 
 import hessdensity as hd
 from hessdensity.krylov import lanczos
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 
 def operator_of(name, key, dtype, factor=1.0):
@@ -45,7 +45,7 @@ def test_a_spectrum_of_few_values_is_found_value_by_value_with_the_probes_own_ma
     density = hd.spectral_density(
         operator, key, num_steps=40, num_probes=2, deflation_steps=0, progress=False
     )
-    probes = np.asarray(_trees.random_block(key, 0, 2, operator.like), float)
+    probes = np.asarray(random_block(key, 0, 2, operator.like), float)
     exact, vectors = np.linalg.eigh(hd.dense(operator))
     slack = 1e-5 * (np.abs(values).max() or 1)
     for rule, probe in zip(density.rules, probes, strict=True):
@@ -81,7 +81,7 @@ def test_the_first_moments_of_a_probe_are_those_of_its_products(key, dtype):
     density = hd.spectral_density(
         operator, key, num_steps=7, num_probes=2, deflation_steps=0, progress=False
     )
-    probes = _trees.random_block(key, 0, 2, operator.like)
+    probes = random_block(key, 0, 2, operator.like)
     rows, matrix = np.asarray(probes, float), hd.dense(operator)
     for rule, v in zip(density.rules, rows, strict=True):
         moments = [rule.weights @ rule.nodes**k for k in range(14)]
@@ -203,7 +203,7 @@ def test_ctrl_c_returns_what_is_there_and_says_so(key, caplog):
 
 def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_computed(key):
     with pytest.raises(
-        lanczos.NonFiniteProduct, match="Lanczos step 4: the operator's product is not finite"
+        NonFiniteProductError, match="Lanczos step 4: the operator's product is not finite"
     ) as caught:
         hd.spectral_density(
             Interrupted(4, lambda block: block * jnp.nan),
@@ -217,7 +217,7 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
     batches = [jnp.ones((2, 3)), jnp.ones((2, 3)) * 1e30]
     hessian = hd.Hessian(lambda w, x: jnp.mean(x @ w) ** 2, jnp.ones(3), batches)
     with pytest.raises(
-        lanczos.NonFiniteProduct, match=r"step 0: .*not finite in batch 1 of 2"
+        NonFiniteProductError, match=r"step 0: .*not finite in batch 1 of 2"
     ) as caught:
         hd.spectral_density(hessian, key, progress=False)
     assert caught.value.partial is None

@@ -13,10 +13,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import dense_hessian, mlp
 
 import hessdensity as hd
-from hessdensity.krylov import block_lanczos as _factorisation
+from hessdensity.krylov import block_lanczos as _factorization
 from hessdensity.krylov import lanczos
 from hessdensity.krylov import restarting as _block_run
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 MERIT = {"LM": np.abs, "LA": np.positive, "SA": np.negative}
 
@@ -44,13 +44,13 @@ def top(operator, key, rank, **settings):
 
 
 def rows(space):
-    return _trees.ravel(space.vectors).astype(float)
+    return trees.ravel(space.vectors).astype(float)
 
 
 def assert_pairs(space, operator, scale):
     """Residuals are true, vectors orthonormal, values descend: to rounding."""
-    epsilon, vectors = _trees.epsilon(operator.like), rows(space)
-    products = _trees.ravel(operator @ space.vectors).astype(float)
+    epsilon, vectors = trees.epsilon(operator.like), rows(space)
+    products = trees.ravel(operator @ space.vectors).astype(float)
     true = np.linalg.norm(products - space.values[:, None] * vectors, axis=1)
     np.testing.assert_allclose(space.residuals, true, atol=20 * epsilon * scale)
     assert np.abs(vectors @ vectors.T - np.eye(space.rank)).max() < 100 * epsilon
@@ -120,13 +120,13 @@ def test_a_restarted_run_finds_what_an_unrestarted_one_finds(block_size, key):
 
 
 def test_a_basis_never_holds_more_than_it_may(key, monkeypatch):
-    sizes, append = [], _factorisation.Factorisation._append
+    sizes, append = [], _factorization.BlockLanczos._append
 
     def watched(self, block):
         append(self, block)
         sizes.append(self.size)
 
-    monkeypatch.setattr(_factorisation.Factorisation, "_append", watched)
+    monkeypatch.setattr(_factorization.BlockLanczos, "_append", watched)
     top(operator_of(spectra.ORDINARY["linear"], np.float32), key, 6, basis_size=22, max_matvecs=100)
     assert max(sizes) == 22
 
@@ -154,7 +154,7 @@ def test_the_pairs_of_a_networks_hessian_are_scipys(key):
     matrix = dense_hessian(loss, params, batch)
     values, vectors = scipy.sparse.linalg.eigsh(matrix, 5, which="LA")
     np.testing.assert_allclose(space.values, values[::-1], atol=1e-5 * values.max())
-    theirs = _trees.unravel(vectors.T, hessian.like)
+    theirs = trees.unravel(vectors.T, hessian.like)
     assert hd.principal_angles(space, theirs).max() < 5e-3
     assert_pairs(space, hessian, values.max())
     assert jax.tree.structure(space.vectors) == jax.tree.structure(params)
@@ -264,11 +264,11 @@ def test_an_interrupted_run_returns_what_is_there(key, caplog):
 def test_a_product_that_is_not_finite_names_the_pass_and_keeps_the_rest(key):
     values = OUTLIERS
     with pytest.raises(
-        lanczos.NonFiniteProduct, match="step 5: the operator's product is not finite"
+        NonFiniteProductError, match="step 5: the operator's product is not finite"
     ) as caught:
         top(failing(values, 22, lambda v: v * np.nan), key, 6)
     assert caught.value.partial.num_matvecs == 20
-    with pytest.raises(lanczos.NonFiniteProduct, match="step 0") as caught:
+    with pytest.raises(NonFiniteProductError, match="step 0") as caught:
         top(failing(values, 0, lambda v: v * np.inf), key, 6)
     assert caught.value.partial is None
 
@@ -345,7 +345,7 @@ def test_sharded_vectors_keep_their_shards_and_give_the_same_pairs(key, monkeypa
     everywhere = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
     sharded = jax.device_put(w, NamedSharding(mesh, PartitionSpec("data")))
     alone = top(hd.Hessian(loss, w, [x]), key, 3, basis_size=15)
-    shards, append = set(), _factorisation.Factorisation._append
+    shards, append = set(), _factorization.BlockLanczos._append
 
     def watched(self, block):
         append(self, block)
@@ -353,7 +353,7 @@ def test_sharded_vectors_keep_their_shards_and_give_the_same_pairs(key, monkeypa
             shard.data.size for chunk in self._chunks for shard in chunk.addressable_shards
         )
 
-    monkeypatch.setattr(_factorisation.Factorisation, "_append", watched)
+    monkeypatch.setattr(_factorization.BlockLanczos, "_append", watched)
     space = top(hd.Hessian(loss, sharded, [everywhere]), key, 3, basis_size=15)
     assert shards == {lanczos.CHUNK * 512}
     assert {shard.data.shape for shard in space.vectors.addressable_shards} == {(3, 512)}
@@ -366,7 +366,7 @@ def test_sharded_vectors_keep_their_shards_and_give_the_same_pairs(key, monkeypa
 def test_compilation_does_not_grow_with_the_steps(key):
     operator = operator_of(spectra.ORDINARY["linear"], np.float32)
     kernels = ["_stack", "_unit", "_gram", "_rotate", "_first_row"]
-    kernels = [getattr(_factorisation, name) for name in (*kernels, "_write_row")]
+    kernels = [getattr(_factorization, name) for name in (*kernels, "_write_row")]
     top(operator, key, 8, basis_size=30, max_matvecs=40)
     before = [kernel._cache_size() for kernel in kernels]
     top(operator, key, 8, basis_size=60, max_matvecs=120)

@@ -10,7 +10,7 @@ import hessdensity as hd
 from hessdensity.krylov import lanczos
 from hessdensity.vectors import basis as _gram_schmidt
 from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 
 def operator_of(values, key, dtype):
@@ -18,14 +18,15 @@ def operator_of(values, key, dtype):
 
 
 def run(operator, key, num_steps, count=2, against=None):
-    state = lanczos.init(_trees.random_block(key, 0, count, operator.like), num_steps, against)
+    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, against)
     for state in lanczos.iterate(operator, state):
         pass
     return state
 
 
 def basis_of(state, probe):
-    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array."""
+    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array.
+    """
     chunks = [np.moveaxis(np.asarray(chunk[probe], float), -2, 0) for chunk in state.basis]
     rows = np.concatenate([chunk.reshape(chunk.shape[0], -1) for chunk in chunks])
     return rows[: state.diagonal.shape[1]]
@@ -51,7 +52,7 @@ def test_the_basis_is_orthonormal_and_compresses_the_operator_to_T(name, key, dt
 def test_the_theorems_hold_in_the_middle_of_a_run(key, dtype):
     operator = operator_of(spectra.ORDINARY["outliers"], key, dtype)
     state, matrix, epsilon = (
-        lanczos.init(_trees.random_block(key, 0, 1, operator.like), 30),
+        lanczos.init(random_block(key, 0, 1, operator.like), 30),
         hd.dense(operator),
         0,
     )
@@ -135,7 +136,7 @@ def test_a_recurrence_against_a_basis_stays_orthogonal_to_it(key, dtype):
 def test_a_state_saved_and_resumed_in_the_middle_equals_an_uninterrupted_run(key, dtype):
     operator = operator_of(spectra.ORDINARY["outliers"], key, dtype)
     whole = run(operator, key, 25)
-    state = lanczos.init(_trees.random_block(key, 0, 2, operator.like), 25)
+    state = lanczos.init(random_block(key, 0, 2, operator.like), 25)
     for _ in range(11):
         state = lanczos.update(state, operator @ state.vectors)
     saved = jax.tree.map(np.array, state)
@@ -166,7 +167,7 @@ def test_matfree_computes_the_same_tridiagonal_matrix(key, dtype):
     from matfree import decomp
 
     matrix = hd.dense(operator_of(spectra.ORDINARY["outliers"], key, dtype)).astype(dtype)
-    start = _trees.random_block(key, 0, 1, jax.ShapeDtypeStruct((300,), dtype))
+    start = random_block(key, 0, 1, jax.ShapeDtypeStruct((300,), dtype))
     state = lanczos.init(start, 15)
     for state in lanczos.iterate(hd.Matrix(jnp.asarray((matrix + matrix.T) / 2)), state):
         pass
@@ -250,7 +251,7 @@ def test_a_product_is_the_operators_to_keep_and_is_checked(key):
 def test_a_product_that_is_not_finite_names_the_step(key):
     calls = iter([1.0, 1.0, np.nan])
     operator = hd.FunctionOperator(lambda v: v * jnp.arange(5.0) * next(calls), jnp.zeros(5))
-    state = lanczos.init(_trees.random_block(key, 0, 1, operator.like), 5)
-    with pytest.raises(lanczos.NonFiniteProduct, match="step 2") as caught:
+    state = lanczos.init(random_block(key, 0, 1, operator.like), 5)
+    with pytest.raises(NonFiniteProductError, match="step 2") as caught:
         list(lanczos.iterate(operator, state))
     assert caught.value.step == 2

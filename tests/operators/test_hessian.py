@@ -37,8 +37,8 @@ def test_a_block_is_its_vectors_one_by_one(count, key, dtype):
     loss, params, batch = mlp(dtype)
     hessian = hd.Hessian(loss, params, hd.batches(batch, 30))
     rows = np.random.default_rng(0).standard_normal((count, 55))
-    block = room._trees.unravel(rows, hessian.like)
-    together = room._trees.ravel(hessian @ block)
+    block = room.trees.unravel(rows, hessian.like)
+    together = room.trees.ravel(hessian @ block)
     np.testing.assert_allclose(
         together, rows @ dense_hessian(loss, params, batch), atol=2000 * np.finfo(dtype).eps
     )
@@ -66,7 +66,7 @@ def test_masked_examples_weigh_by_their_total_and_not_by_batch(dtype):
 )
 def test_where_is_the_principal_block_of_the_selected_leaves(where, dtype):
     loss, params, batch = mlp(dtype)
-    names = room._trees.paths(params)
+    names = room.trees.paths(params)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     chosen = [
         where(name) if callable(where) else room.select(params, where).chosen[i]
@@ -292,7 +292,7 @@ def deep(checkpoint):
     return lambda params, x: jnp.mean(jax.lax.scan(block, x, params)[0] ** 2)
 
 
-def test_rematerialisation_changes_the_memory_and_nothing_else():
+def test_rematerialization_changes_the_memory_and_nothing_else():
     rng = np.random.default_rng(0)
     params = [
         jnp.asarray(rng.standard_normal(shape) / 8, jnp.float32)
@@ -301,7 +301,7 @@ def test_rematerialisation_changes_the_memory_and_nothing_else():
     x = rng.standard_normal((1000, 8)).astype(np.float32)
     plain, saving = (hd.Hessian(deep(checkpoint), params, [x]) for checkpoint in (False, True))
     ours, theirs = (
-        room._trees.ravel([leaf[None] for leaf in hessian @ params]) for hessian in (saving, plain)
+        room.trees.ravel([leaf[None] for leaf in hessian @ params]) for hessian in (saving, plain)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     assert saving.temporary_bytes(1) < 0.5 * plain.temporary_bytes(1)
@@ -318,8 +318,8 @@ def test_the_temporary_bytes_are_those_of_the_largest_piece_and_cost_no_compilat
         assert cut.temporary_bytes(2) < whole.temporary_bytes(2) / 4
         assert whole.temporary_bytes(100) == whole.temporary_bytes(4)  # four vectors a program
         compiled.clear()
-        whole @ room._trees.random_block(jax.random.key(0), 0, 2, whole.like)
-        cut @ room._trees.random_block(jax.random.key(0), 0, 2, cut.like)
+        whole @ room.random_block(jax.random.key(0), 0, 2, whole.like)
+        cut @ room.random_block(jax.random.key(0), 0, 2, cut.like)
         assert not compiled
     finally:
         jax.monitoring.clear_event_listeners()

@@ -13,7 +13,7 @@ from hessdensity.estimators import spectral_density as slq
 from hessdensity.krylov import lanczos
 from hessdensity.runs import plan as planning
 from hessdensity.runs.memory import Free, in_words
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 
 def hessian_of(examples=60, batch_size=20):
@@ -36,12 +36,12 @@ def test_planned_bytes_are_those_of_the_arrays_that_a_run_holds(tier, m0, m, k, 
     ]  # fmt: skip
     against, deflation = None, None
     if tier != "none" and m0:
-        deflation = lanczos.init(_trees.random_block(key, 9, 1, operator.like), m0, tier=tier)
+        deflation = lanczos.init(random_block(key, 9, 1, operator.like), m0, tier=tier)
         for deflation in lanczos.iterate(operator, deflation):
             pass
         against = lanczos.Basis(deflation.basis, m0)
     steps = m if tier != "none" else planning.without_basis(m, k, m0)
-    state = lanczos.init(_trees.random_block(key, 0, k, operator.like), steps, against, tier=tier)
+    state = lanczos.init(random_block(key, 0, k, operator.like), steps, against, tier=tier)
     for state in lanczos.iterate(operator, state):
         pass
     device, host = held(state, "device"), held(state, "pinned_host")

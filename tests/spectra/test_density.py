@@ -1,4 +1,5 @@
-"""The answer and its error bars: identities that hold for any rules, and coverage on exact spectra."""
+"""The answer and its error bars: identities that hold for any rules, and coverage on exact spectra.
+"""
 
 import jax
 import named_spectra as spectra

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import hessdensity as hd
 from hessdensity.spectra.eigenspace import combination
 from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 
 def orthonormal(n, k, seed=0):
@@ -24,7 +24,8 @@ def tree_of(columns, dtype):
 
 
 def rotated(columns, angles, others):
-    """Vectors at given angles to the first columns, in the planes that ``others`` span with them."""
+    """Vectors at given angles to the first columns, in the planes that ``others`` span with them.
+    """
     angles = np.asarray(angles)
     return np.cos(angles) * columns[:, : angles.size] + np.sin(angles) * others[:, : angles.size]
 
@@ -163,7 +164,7 @@ def test_a_stacked_block_is_the_chunk_that_its_rows_make(key):
         "a": jax.ShapeDtypeStruct((3, 2048), jnp.float32),
         "b": jax.ShapeDtypeStruct((), jnp.float32),
     }
-    block = _trees.random_block(key, 0, 3, like)
+    block = random_block(key, 0, 3, like)
     rows = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], block) for i in range(3)]
     chunk = _basis.chunk(rows[0], 3)
     for index in (1, 2):

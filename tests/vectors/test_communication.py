@@ -15,7 +15,7 @@ from benchmarks._hlo import Collective, collectives, memory, sent
 from hessdensity.distributed import make_mesh
 from hessdensity.krylov import lanczos
 from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 TINY = {"vocab_size": 8 * 131, "width": 256, "depth": 2, "num_heads": 4, "max_length": 64}
 
@@ -202,7 +202,7 @@ def test_inner_products_of_sharded_vectors_are_those_of_float64(case):
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, *spec))) for x in (a, b)]
     rows = [x.astype(float).reshape(2, -1) for x in (a, b)]
     np.testing.assert_allclose(
-        jax.jit(_trees.inner)(*placed), (rows[0] * rows[1]).sum(1), rtol=1e-6
+        jax.jit(trees.inner)(*placed), (rows[0] * rows[1]).sum(1), rtol=1e-6
     )
     chunk = jax.jit(lambda v: _basis.chunk(v, 4))(placed[0])
     coefficients = jax.jit(_basis.coefficients)(chunk, placed[1])
@@ -258,13 +258,13 @@ def test_products_with_k_vectors_send_at_most_twice_k_gradients_and_keep_their_s
 def test_a_device_holds_its_share_of_every_vector_and_of_the_basis(problem, kernels):
     _, params, _ = problem
     small = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.sharding.is_fully_replicated)
-    share = 4 * ((_trees.size(params) - small) / 8 + small)
+    share = 4 * ((trees.size(params) - small) / 8 + small)
     tables = 8 * 64  # XLA's pointers to the leaves
-    assert memory(kernels["normalise"]).outputs == pytest.approx(2 * share, abs=tables)
+    assert memory(kernels["normalize"]).outputs == pytest.approx(2 * share, abs=tables)
     assert memory(kernels["new chunk"]).outputs == pytest.approx(
         2 * lanczos.CHUNK * share, abs=tables
     )
-    whole = 4 * _trees.size(params)
+    whole = 4 * trees.size(params)
     assert whole / share >= 7.5
     for name in ("coefficients", "subtract", "write row", "recur", "norm"):
         assert memory(kernels[name]).temporaries < 0.1 * share, name

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hessdensity.vectors import chunks as _basis
 from hessdensity.vectors import fingerprint as _identity
-from hessdensity.vectors import trees as _trees
+from hessdensity.vectors import trees
 
 # Lengths that no factor divides, more than one long axis, scalars, empty leaves.
 SHAPES = [(1_000_003,), (1_000_000,), (50_021, 3), (7, 1031), (3, 3, 64, 32), (), (0, 4), (1,)]
@@ -24,22 +24,22 @@ def test_inner_products_and_norms_are_those_of_float64(shape, dtype):
     rows, columns = (np.asarray(x, float).reshape(2, -1) for x in (a, b))
     tolerance = 8 * np.finfo(dtype).eps * (1 + np.linalg.norm(rows) * np.linalg.norm(columns))
     np.testing.assert_allclose(
-        _trees.inner({"w": a}, {"w": b}), (rows * columns).sum(1), atol=tolerance
+        trees.inner({"w": a}, {"w": b}), (rows * columns).sum(1), atol=tolerance
     )
     np.testing.assert_allclose(
-        _trees.norm([a, b]), np.linalg.norm(np.hstack([rows, columns]), axis=1), rtol=1e-6
+        trees.norm([a, b]), np.linalg.norm(np.hstack([rows, columns]), axis=1), rtol=1e-6
     )
 
 
 def test_a_long_float32_sum_of_one_sign_keeps_its_digits():
     ones = jnp.full((1, 1_000_003), 0.1, jnp.float32)
     exact = 1_000_003 * np.float64(np.float32(0.1)) ** 2
-    assert abs(float(jax.jit(_trees.inner)(ones, ones)[0]) / exact - 1) < 1e-6
+    assert abs(float(jax.jit(trees.inner)(ones, ones)[0]) / exact - 1) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_norms_neither_underflow_nor_overflow(size):
-    assert float(_trees.norm(jnp.full((1, 4), size, jnp.float32))[0]) == pytest.approx(
+    assert float(trees.norm(jnp.full((1, 4), size, jnp.float32))[0]) == pytest.approx(
         2 * size, rel=1e-6
     )
 
@@ -68,19 +68,19 @@ def test_a_chunks_products_and_combinations_are_those_of_its_rows(shape, dtype):
 
 def test_random_vectors_are_on_the_sphere_and_each_depends_on_its_own_index(key, dtype):
     like = {"a": jax.ShapeDtypeStruct((30, 20), dtype), "b": jax.ShapeDtypeStruct((7,), dtype)}
-    three = _trees.random_block(key, 0, 3, like)
-    np.testing.assert_allclose(_trees.norm(three), 1, rtol=1e-6)
-    alone = _trees.random_block(key, 2, 1, like)
+    three = random_block(key, 0, 3, like)
+    np.testing.assert_allclose(trees.norm(three), 1, rtol=1e-6)
+    alone = random_block(key, 2, 1, like)
     for a, b in zip(jax.tree.leaves(three), jax.tree.leaves(alone), strict=True):
         np.testing.assert_array_equal(a[2:], b)
-    gram = _trees.ravel(three) @ _trees.ravel(three).T
+    gram = trees.ravel(three) @ trees.ravel(three).T
     assert np.abs(gram - np.eye(3)).max() < 0.2
 
 
 def test_ravel_and_unravel_are_inverses(key, dtype):
     like = {"a": jax.ShapeDtypeStruct((3, 2), dtype), "b": [jax.ShapeDtypeStruct((), dtype), None]}
     rows = np.arange(14, dtype=dtype).reshape(2, 7)
-    np.testing.assert_array_equal(_trees.ravel(_trees.unravel(rows, like)), rows)
+    np.testing.assert_array_equal(trees.ravel(trees.unravel(rows, like)), rows)
 
 
 def test_a_fingerprint_sees_values_names_and_places_but_not_shardings():
@@ -117,4 +117,4 @@ def test_a_block_of_the_wrong_structure_is_refused_by_leaf(wrong, said):
         "b": jax.ShapeDtypeStruct((4,), jnp.float32),
     }
     with pytest.raises(ValueError, match=said):
-        _trees.as_block(wrong, like)
+        trees.as_block(wrong, like)

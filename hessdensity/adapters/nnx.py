@@ -1,0 +1,97 @@
+"""Flax NNX models as ``loss(params, batch)``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.tree_util import Partial
+
+from hessdensity.losses.total import Loss
+from hessdensity.vectors.trees import PyTree
+
+from .batch import BatchStatistics, Criterion, check_mode, parts
+
+
+def from_nnx(
+    model: Any, criterion: Criterion, *, batch_statistics: BatchStatistics = None
+) -> tuple[Loss, PyTree]:
+    """``(loss, params)`` of a Flax NNX model.
+
+    Args:
+      model: a ``flax.nnx.Module``, called as ``model(inputs)``; neither changed nor kept. Dropout
+        is switched off.
+      criterion: ``criterion(outputs, *targets)``.
+      batch_statistics: ``"stored"`` or ``"batch"``; to be given if, and only if, the model has
+        ``nnx.BatchStat`` variables.
+
+    Returns:
+      The loss, a pytree whose leaves are all variables but the parameters (a new checkpoint
+      compiles nothing), and the parameters, an ``nnx.State`` of ``nnx.Param``.
+
+    Raises:
+      TypeError: ``model`` is no NNX module.
+      ValueError: ``batch_statistics`` is missing or superfluous; the model has no parameters.
+
+    Example:
+      >>> from flax import nnx
+      >>> from hessdensity import losses
+      >>> loss, params = from_nnx(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), losses.mean_squared_error)
+      >>> loss(params, (jax.numpy.ones((4, 3)), jax.numpy.ones((4, 2)))).shape
+      ()
+    """
+    from flax import nnx
+
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a flax.nnx.Module (for Flax linen: "
+            "from_linen)."
+        )
+    graph, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+    if not params:
+        raise ValueError(
+            f"model, a {type(model).__name__}, has no nnx.Param variables; nothing to "
+            "differentiate by."
+        )
+    check_mode(batch_statistics, bool(statistics))
+    return Partial(
+        _NnxLoss(graph, criterion, batch_statistics == "batch"), statistics, rest
+    ), params
+
+
+@dataclass(frozen=True)
+class _NnxLoss:
+    """Equal for equal model graphs, as `_LinenLoss`."""
+
+    graph: Any
+    criterion: Criterion
+    train: bool
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether batches must not be cut, for the model normalizes by their statistics."""
+        return self.train
+
+    def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
+        from flax import nnx
+
+        inputs, *targets = parts(batch)
+        model = nnx.merge(self.graph, params, statistics, rest, copy=True)
+        # A merged copy: what the call writes into its statistics is dropped with it.
+        model.set_attributes(deterministic=True, raise_if_not_found=False)
+        model.set_attributes(use_running_average=not self.train, raise_if_not_found=False)
+        outputs = model(inputs)
+        before, after = (
+            jax.tree.leaves(statistics),
+            jax.tree.leaves(nnx.state(model, nnx.BatchStat)),
+        )
+        if before and self.train != any(
+            old is not new for old, new in zip(before, after, strict=True)
+        ):
+            raise ValueError(
+                f"batch_statistics={'batch' if self.train else 'stored'!r}, but the model chose "
+                "the other kind itself; drop use_running_average from the calls of its "
+                "normalization layers."
+            )
+        return self.criterion(outputs, *targets)

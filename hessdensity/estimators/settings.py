@@ -1,0 +1,262 @@
+"""The settings of every computation: the only place where a default stands.
+
+Each is checked when it is made, and says how much memory its computation can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hessdensity.operators.protocol import check_count
+from hessdensity.runs.plan import MemoryLayout
+from hessdensity.vectors.basis import CHUNK, STORAGES
+
+_SMALL = 1000  # dimensions: all the basis there can be takes some megabytes, without a restart
+_WORKING = 4  # vectors of a probe beside the basis: the last two, the product, the sum it joins
+
+
+@dataclass(frozen=True)
+class DensitySettings:
+    """Of `spectral_density`, which documents them."""
+
+    computation: ClassVar[str] = "spectral_density"
+
+    num_steps: int = 45
+    num_probes: int = 2
+    deflation_steps: int = 90
+    tolerance: float | None = None
+    max_matvecs: int | None = None
+    basis: str | None = None
+    probes_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_steps", self.num_steps)
+        check_count("num_probes", self.num_probes)
+        check_count("deflation_steps", self.deflation_steps, 0)
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ValueError(
+                f"tolerance={self.tolerance}, expected a W1 distance over the spectrum's range, "
+                "such as 1e-4."
+            )
+        if self.max_matvecs is not None:
+            if self.tolerance is None:
+                raise ValueError(
+                    "max_matvecs is given without tolerance=; the settings fix the number of "
+                    "products then."
+                )
+            check_count("max_matvecs", self.max_matvecs)
+        if self.basis not in (None, *STORAGES):
+            raise ValueError(
+                f"basis={self.basis!r}, expected 'device', 'host', 'none', or None for what fits."
+            )
+        if self.probes_at_once is not None:
+            check_count("probes_at_once", self.probes_at_once)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in a product."""
+        return self.num_probes
+
+    @property
+    def steps_without_basis(self) -> int:
+        """Steps of a probe without a basis: there is no deflation run, and probes share its steps."""
+        return self.num_steps + -(-self.deflation_steps // self.num_probes)
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The ways to keep the bases that these settings allow.
+
+        The host comes before groups: a step moves the basis once, which takes seconds where a pass
+        over the data takes minutes.
+        """
+        k = self.num_probes
+        groups = sorted({-(-k // parts) for parts in range(1, k + 1)}, reverse=True)
+        if self.probes_at_once is not None:
+            groups = [min(self.probes_at_once, k)]
+        ways = [(storage, groups[0]) for storage in ("device", "host")]
+        ways += [(storage, each) for storage in ("device", "host") for each in groups[1:]]
+        ways += [("none", each) for each in dict.fromkeys([groups[0], groups[-1]])]
+        found = [self._layout(*way, n, vector_bytes, activations) for way in ways]
+        return [each for each in found if self.basis in (None, each.basis)]
+
+    def _layout(
+        self, storage: str, at_once: int, n: int, vector_bytes: int, activations: int
+    ) -> MemoryLayout:
+        m0 = min(self.deflation_steps, n)
+        m = min(self.num_steps, n - m0)
+        if storage == "none":
+            m0, m = 0, min(self.steps_without_basis, n)
+        turns = -(-self.num_probes // at_once)
+        on_device, on_host = _vectors_kept(storage, at_once, m0, m)
+        return MemoryLayout(
+            basis=storage,
+            probes_at_once=at_once,
+            num_passes=m0 + turns * m,
+            num_matvecs=m0 + self.num_probes * m,
+            device_bytes=on_device * vector_bytes + activations,
+            host_bytes=on_host * vector_bytes,
+        )
+
+
+def _vectors_kept(storage: str, k: int, m0: int, m: int) -> tuple[int, int]:
+    """(vectors on the device at the peak, vectors on the host), in whole chunks."""
+    first, each = _whole(m0), _whole(m)
+    if storage == "device":
+        return first + k * each + _WORKING * k, 0
+    if storage == "none":
+        return _WORKING * k, 0
+    # Of every basis the last chunk stays on the device, and one chunk at a time comes to it.
+    on_device = CHUNK * (bool(m0) + 2 * k) + _WORKING * k
+    return on_device, max(first - CHUNK, 0) + k * max(each - CHUNK, 0)
+
+
+def _whole(steps: int) -> int:
+    return -(-steps // CHUNK) * CHUNK
+
+
+@dataclass(frozen=True)
+class EigenspaceSettings:
+    """Of `top_eigenspace`, which documents them."""
+
+    computation: ClassVar[str] = "top_eigenspace"
+
+    rank: int
+    which: str = "LM"
+    tolerance: float = 1e-4
+    block_size: int = 4
+    basis_size: int | None = None
+    max_matvecs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("rank", self.rank)
+        check_count("block_size", self.block_size)
+        if self.which not in ("LM", "LA", "SA"):
+            raise ValueError(
+                f"which={self.which!r}, expected 'LM' (largest in magnitude), 'LA' (largest) or "
+                "'SA' (smallest eigenvalues)."
+            )
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in a product."""
+        return self.block_size
+
+    def sizes(self, n: int) -> tuple[int, int, int]:
+        """(block_size, basis_size, max_matvecs) for dimension n, defaults filled in.
+
+        Raises:
+          ValueError: a size is too small, or the rank too large.
+        """
+        check_count("rank", self.rank, 1, n)
+        block_size, basis_size = min(self.block_size, n), self.basis_size
+        if basis_size is None:
+            basis_size = n if n <= _SMALL else 3 * self.rank + 4 * block_size
+        least = self.rank + 3 * block_size
+        if basis_size < min(least, n):
+            raise ValueError(
+                f"basis_size={basis_size!r}, expected at least rank + 3 block_size = {least}: the "
+                "pairs wanted, a block to be multiplied, its products and a fresh block."
+            )
+        max_matvecs = self.max_matvecs
+        if max_matvecs is None:
+            max_matvecs = max(100 * self.rank, 1000)
+        if max_matvecs < self.rank + block_size:
+            raise ValueError(
+                f"max_matvecs={max_matvecs!r}, expected at least rank + block_size = "
+                f"{self.rank + block_size}: fewer products give fewer pairs."
+            )
+        return block_size, basis_size, max_matvecs
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The basis, at a restart half as much again, the pairs and a few blocks."""
+        block_size, basis_size, most = self.sizes(n)
+        vectors = self.rank + basis_size * 3 // 2 + _WORKING * block_size
+        size = vectors * vector_bytes + activations
+        return [MemoryLayout("device", block_size, -(-most // block_size), most, size)]
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """Of `spectral_measure`, which documents them."""
+
+    computation: ClassVar[str] = "spectral_measure"
+
+    num_steps: int = 60
+
+    def __post_init__(self) -> None:
+        check_count("num_steps", self.num_steps)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in a product."""
+        return 1
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The basis on the device."""
+        m = min(self.num_steps, n)
+        size = (_whole(m) + _WORKING) * vector_bytes + activations
+        return [MemoryLayout("device", 1, m, m, size)]
+
+
+@dataclass(frozen=True)
+class PartSettings:
+    """Of `part_densities`, which documents them."""
+
+    computation: ClassVar[str] = "part_densities"
+
+    num_parts: int = 8
+    num_steps: int = 45
+    num_probes: int = 2
+
+    def __post_init__(self) -> None:
+        check_count("num_parts", self.num_parts, 2)
+        check_count("num_steps", self.num_steps)
+        check_count("num_probes", self.num_probes)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in a product with one batch."""
+        return self.num_probes
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The bases of all parts on the device."""
+        m, all_probes = min(self.num_steps, n), self.num_parts * self.num_probes
+        size = all_probes * (_whole(m) + _WORKING) * vector_bytes + activations
+        return [MemoryLayout("device", all_probes, m, self.num_probes * m, size)]
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Of `trace`, which documents them."""
+
+    computation: ClassVar[str] = "trace"
+
+    num_matvecs: int
+    semidefinite: bool = False
+    block_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("num_matvecs", self.num_matvecs, 4)
+        check_count("block_size", self.block_size)
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in a product."""
+        return self.block_size
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """A basis of the products; where semidefinite, the test vectors too."""
+        products, b = min(self.num_matvecs, n), self.block_size
+        kept = 2 * _whole(products) if self.semidefinite else _whole(products // 2)
+        size = (kept + _WORKING * b) * vector_bytes + activations
+        return [MemoryLayout("device", b, -(-products // b), products, size)]
+
+
+ALL: Sequence[Any] = (
+    DensitySettings,
+    EigenspaceSettings,
+    MeasureSettings,
+    PartSettings,
+    TraceSettings,
+)

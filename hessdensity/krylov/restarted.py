@@ -1,0 +1,227 @@
+"""Restarted block Lanczos between two products: what to multiply, when to restart, when it ends."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from hessdensity.errors import NonFiniteProductError
+from hessdensity.vectors import trees
+from hessdensity.vectors.basis import chunks_of, combine
+from hessdensity.vectors.random import random_block
+from hessdensity.vectors.trees import Block, Vector
+
+from .block_lanczos import BlockLanczos, Columns
+from .engine import Step
+
+MERIT = {"LM": np.abs, "LA": np.positive, "SA": np.negative}
+"""The wanted eigenvalues are those of greatest merit."""
+
+_NOISE = 0.01  # of a warm start: a tenth or ten times as much changes the products needed by one
+_FEWEST_WARM = 3  # passes, for a large block of old eigenvectors converges before it looks around
+_FEWEST, _MOST = 2, 8  # steps of a search for copies; half of the run's steps, if that is more
+_MARGIN = 1.5  # residuals by which the search's Ritz values must stay below what is wanted
+
+
+class Pairs(NamedTuple):
+    """The wanted Ritz pairs, values descending."""
+
+    values: np.ndarray
+    vectors: Block
+    residuals: np.ndarray
+    converged: np.ndarray
+
+
+class RestartedLanczos:
+    """An `Engine` for the eigenpairs at an end of the spectrum.
+
+    Args:
+      like: shapes, dtypes and shardings of one vector.
+      key: decides the random vectors.
+      rank: number of eigenpairs wanted.
+      which: a key of `MERIT`.
+      tolerance: a pair has converged when its residual is at most tolerance x ||H||.
+      block_size: vectors in a product.
+      basis_size: vectors that the basis may hold.
+    """
+
+    def __init__(
+        self,
+        like: Vector,
+        key: jax.Array,
+        rank: int,
+        which: str,
+        tolerance: float,
+        block_size: int,
+        basis_size: int,
+    ) -> None:
+        self._rank, self._tolerance, self._merit = rank, tolerance, MERIT[which]
+        self._block_size, self._basis_size = block_size, basis_size
+        fresh, self._key = jax.random.split(key)
+        self._z = BlockLanczos(like, fresh)
+        self._chosen: np.ndarray | None = None  # positions of the vectors whose product is next
+        self._rotations: list[np.ndarray] = []  # of the restarts since the last step
+        self._saved_rotations: list[Any] = []  # of the step that is being replayed
+        self._num_newest = 0  # pending vectors that the last step or fresh start has added
+        self._believed: np.ndarray | None = None  # wanted values that a search started from
+        self._searched, self._most = 0, 0  # steps done in the search, and the most it may take
+        self._searching = self._search_begins = False
+        self.num_matvecs = self.num_passes = self.num_converged = 0
+        self._fewest_passes = 1
+        self.complete = False
+
+    def begin(self, start: Block | None) -> None:
+        """Make the first block: random, or random combinations of ``start`` and a random vector."""
+        if start is None:
+            self._z.add_random(self._block_size)
+            return
+        given, _ = trees.as_block(start, self._z.like, "start")
+        if not bool(trees.all_finite(given)):
+            raise ValueError(
+                "start holds entries that are not finite; expected vectors of a similar operator."
+            )
+        count = max(self._block_size - 1, 1)
+        draw, noise = jax.random.split(self._key)
+        normals = jax.random.normal(draw, (count, trees.count(given)))
+        factors = np.asarray(normals, float) / np.sqrt(trees.count(given))
+        added = random_block(noise, 0, count, self._z.like)
+        scaled = trees.scale(added, jax.numpy.full(count, _NOISE))
+        self._z.add(trees.add(combine(chunks_of(given), factors, self._z.like), scaled))
+        self._z.add_random(self._block_size - count)
+        self._fewest_passes = _FEWEST_WARM
+
+    @property
+    def num_done(self) -> int:
+        """The number of steps done, each a pass over the data."""
+        return self.num_passes
+
+    def request(self) -> Block:
+        """The block to be multiplied next, after a restart where its products need the room."""
+        self._choose()
+        return self._z.vectors(self._chosen)
+
+    def take(self, product: Block) -> Step:
+        """Take the product, and judge what is known then."""
+        chosen = self._choose()
+        try:
+            columns = self._z.columns(chosen, product)
+        except FloatingPointError as error:
+            raise NonFiniteProductError(self.num_passes, str(error)) from error
+        rotations = [rotation.tolist() for rotation in self._rotations]
+        scalars = {**columns.scalars(), "chosen": chosen.tolist(), "rotations": rotations}
+        self._join(chosen, columns)
+        return Step(columns.vectors, scalars)
+
+    def replay(self, step: Step) -> None:
+        """`take` from a saved step: the choices and the rotations are those of the first run.
+
+        Another machine's eigh may choose other signs of eigenvectors, and what is saved belongs to
+        those of the first.
+        """
+        self._saved_rotations = step.scalars["rotations"]
+        self._make_room()
+        self._saved_rotations = []
+        chosen = np.asarray(step.scalars["chosen"], int)
+        self._join(chosen, Columns.of(step.vectors, step.scalars))
+
+    def _join(self, chosen: np.ndarray, columns: Columns) -> None:
+        self._num_newest = self._z.join(chosen, columns)
+        self._rotations, self._chosen = [], None
+        self.num_matvecs += chosen.size
+        self.num_passes += 1
+        self._judge()
+
+    def pairs(self) -> Pairs:
+        """The wanted pairs as they are now."""
+        ritz, wanted = self._z.ritz(), self._wanted()
+        wanted = wanted[np.argsort(-ritz.values[wanted], kind="stable")]
+        residuals = ritz.residuals[wanted]
+        converged = residuals <= self._tolerance * self._z.norm
+        vectors = self._z.combine(ritz.vectors[:, wanted])
+        return Pairs(ritz.values[wanted], vectors, residuals, converged)
+
+    def _choose(self) -> np.ndarray:
+        """Positions of the pending vectors to be multiplied next."""
+        if self._chosen is None:
+            self._make_room()
+            self._chosen = self._z.pending[-self._num_newest :]
+            if not self._searching:
+                # The directions in which the residuals of the unconverged pairs lie. These are all
+                # pending vectors, except after a search.
+                ritz, wanted = self._z.ritz(), self._wanted()
+                open_pairs = wanted[ritz.residuals[wanted] > self._tolerance * self._z.norm]
+                weight = np.linalg.norm(ritz.coupling[:, open_pairs], axis=1)
+                heaviest = np.argsort(-weight, kind="stable")[: self._block_size]
+                self._chosen = self._z.pending[np.sort(heaviest)]
+        return self._chosen
+
+    def _wanted(self, count: int | None = None) -> np.ndarray:
+        """Positions of the best Ritz pairs, ``rank`` of them unless told, the best first."""
+        merit = self._merit(self._z.ritz().values)
+        return np.argsort(-merit, kind="stable")[: count or self._rank]
+
+    def _judge(self) -> None:
+        """Have all wanted pairs converged, and is it likely that there are no others?"""
+        z, ritz, wanted = self._z, self._z.ritz(), self._wanted()
+        close = self._tolerance * z.norm
+        self.num_converged = int(np.sum(ritz.residuals[wanted] <= close))
+        self.complete = not z.pending.size  # the products of the whole space are known
+        too_early = self.num_passes < self._fewest_passes
+        if self.num_converged < self._rank or too_early or self.complete:
+            self._searching = False
+            return
+        values = np.sort(ritz.values[wanted])
+        unchanged = self._believed is not None and bool(
+            np.all(np.abs(values - self._believed) <= close)
+        )
+        if self._searching and unchanged and self._may_still_enter(wanted, close):
+            return
+        # A block of b vectors shows at most b copies of an eigenvalue. Where it shows so many there
+        # may be more: a fresh block, orthogonal to all that was found, is followed for a while.
+        sure = ritz.values[ritz.residuals <= close]
+        copies = np.sum(np.abs(sure[:, None] - values) <= close, axis=0)
+        if unchanged or copies.max() < self._block_size:
+            self.complete = True
+            return
+        self._believed, self._searched = values, 0
+        self._most = max(_MOST, self.num_passes // 2)
+        self._searching = self._search_begins = True
+
+    def _may_still_enter(self, wanted: np.ndarray, close: float) -> bool:
+        """Whether a Ritz value of the search may still exceed what is wanted, by its residual."""
+        self._searched += 1
+        ritz = self._z.ritz()
+        merit = self._merit(ritz.values)
+        # Residuals along the newest vectors alone: the other pairs are not the fresh block's.
+        along = ritz.coupling[ritz.coupling.shape[0] - self._num_newest :]
+        reach = merit + _MARGIN * np.linalg.norm(along, axis=0)
+        others = np.setdiff1d(np.arange(merit.size), wanted)
+        may_enter = bool(np.any(reach[others] > merit[wanted].min() + close))
+        undecided = self._searched < _FEWEST or may_enter
+        return undecided and self._searched < self._most and self._num_newest > 0
+
+    def _make_room(self) -> None:
+        """Begin a search, and restart where the next block's products would not fit."""
+        if self._search_begins:
+            self._restart_if_full()
+            self._num_newest = min(self._block_size, self._z.room)
+            self._z.add_random(self._num_newest)
+            self._search_begins = False
+        self._restart_if_full()
+
+    def _restart_if_full(self) -> None:
+        z, size = self._z, self._block_size
+        if z.size + min(size, z.room) <= self._basis_size:
+            return
+        # Half of the room for more pairs than are wanted: the next steps build on them.
+        spare = (self._basis_size - self._rank - 2 * size) // 2
+        most = min(self._rank + spare, self._basis_size - z.pending.size - size)
+        kept = max(self._rank, most)
+        if kept < z.ritz().values.size:
+            rotation = z.ritz().vectors[:, self._wanted(kept)]
+            if len(self._rotations) < len(self._saved_rotations):
+                rotation = np.asarray(self._saved_rotations[len(self._rotations)], float)
+            self._rotations.append(rotation)
+            z.restart(rotation)

@@ -1,0 +1,128 @@
+"""Operators made of other operators: wrappers, and principal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hessdensity.vectors import trees
+from hessdensity.vectors.selection import Selection, Where, select
+from hessdensity.vectors.trees import Block, Vector
+
+from .protocol import OPTIONAL_MEMBERS, Operator, describe
+
+
+class Wrapper:
+    """An operator that stands for another one, and forwards all that it knows.
+
+    A subclass overrides what it does differently, ``@`` above all. An optional member of the
+    protocol is there if, and only if, the wrapped operator has it.
+    """
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
+
+    @property
+    def like(self) -> Vector:
+        """Shapes, dtypes and shardings of one vector."""
+        return self._operator.like
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        return self._operator @ vectors
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for what neither the instance nor its class has.
+        if name in OPTIONAL_MEMBERS:
+            return getattr(self._operator, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def describe(self) -> dict[str, Any]:
+        """What the wrapped operator is."""
+        return describe(self._operator)
+
+
+class CountingOperator(Wrapper):
+    """An operator that reports how many products it has done.
+
+    Args:
+      operator: the operator.
+      report: called after each product with the number of its vectors.
+    """
+
+    def __init__(self, operator: Operator, report: Callable[[int], Any]) -> None:
+        super().__init__(operator)
+        self._report = report
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        block, single = trees.as_block(vectors, self.like)
+        product = self._operator @ block
+        self._report(trees.count(block))
+        return trees.first_vector(product) if single else product
+
+
+class Restricted(Wrapper):
+    """A principal block of an operator: the rows and columns of the leaves that match.
+
+    For a `Hessian` the same as its ``where=``: the held leaves carry no tangents, which is cheaper
+    than a masked product. For any other operator, the full product of vectors padded with zeros.
+
+    Args:
+      operator: the operator.
+      where: a glob on paths, or a predicate, as for `Hessian`.
+
+    Raises:
+      ValueError: nothing matches.
+
+    Example:
+      >>> import jax.numpy as jnp, hessdensity as hd
+      >>> like = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+      >>> whole = hd.FunctionOperator(lambda v: {"a": v["a"] + v["b"], "b": v["a"]}, like)
+      >>> Restricted(whole, "a") @ {"a": jnp.ones(2), "b": None}
+      {'a': Array([1., 1.], dtype=float32), 'b': None}
+    """
+
+    def __init__(self, operator: Operator, where: Where) -> None:
+        selection = select(operator.like, where)
+        restrict = getattr(operator, "restrict", None)
+        super().__init__(restrict(where) if restrict else _Padded(operator, selection))
+
+    def describe(self) -> dict[str, Any]:
+        """What the whole operator is, and the leaves of this block."""
+        return {**describe(self._operator), "restricted_to": trees.paths(self.like)}
+
+
+class _Padded(Wrapper):
+    """A principal block by products of the whole operator with vectors padded with zeros."""
+
+    def __init__(self, operator: Operator, selection: Selection) -> None:
+        super().__init__(operator)
+        self._selection = selection
+        self._like, self._held = selection.split(operator.like)
+
+    @property
+    def like(self) -> Vector:
+        return self._like
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        block, single = trees.as_block(vectors, self.like)
+        product = self._part(self._operator @ self._pad(block, trees.count(block)))
+        return trees.first_vector(product) if single else product
+
+    def __getattr__(self, name: str) -> Any:
+        member = super().__getattr__(name)
+        if name == "params":
+            return self._part(member)
+        if name == "gradient":
+
+            def gradient(offset: Vector | None = None) -> Vector:
+                return self._part(member(None if offset is None else self._pad(offset)))
+
+            return gradient
+        return member
+
+    def _pad(self, vectors: Any, *lead: int) -> Any:
+        held = [trees.zeros(leaf, *lead) for leaf in self._held]
+        return self._selection.merge(vectors, held)
+
+    def _part(self, vectors: Any) -> Any:
+        return self._selection.split(vectors)[0]

@@ -1,0 +1,185 @@
+"""How two subspaces lie to each other, and where one vector lies in an eigenspace."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hessdensity.vectors import trees
+from hessdensity.vectors.basis import chunks_of, coefficients, combine
+from hessdensity.vectors.orthogonalize import project_out
+from hessdensity.vectors.trees import Block, PyTree
+
+from .eigenspace import Eigenspace
+
+_ORTHONORMAL = 1e-3  # far above the rounding of a float32 basis, far below any other vectors'
+
+
+def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
+    """How much of one subspace lies in another: ||U^T V||_F^2 / k, the mean squared cosine of the
+    principal angles.
+
+    k is the smaller of the two ranks: 1 means that the smaller space lies within the larger one.
+    Two random spaces of ranks k and l overlap by l/n.
+
+    Args:
+      u: an `Eigenspace`, or a block of orthonormal vectors.
+      v: another, of any rank, on vectors of the same structure.
+
+    Raises:
+      ValueError: the vectors differ in structure or shapes, or there are none.
+
+    Cost: no products; reads each of the k vectors of one space once for each of the other's, where
+      they are.
+
+    Source: Wu, Zhu, Wu, Wang and Ge (2020), for Hessians; Björck and Golub (1973), for the angles.
+
+    Example:
+      >>> x, y, z = np.eye(3, dtype=np.float32)
+      >>> overlap(np.stack([x, y]), np.stack([x, z]))
+      0.5
+    """
+    u, v = _pair(u, v)
+    cosines = np.linalg.svd(gram(u, v), compute_uv=False)
+    return float(np.mean(np.minimum(cosines, 1) ** 2))
+
+
+def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarray:
+    """The principal angles between two subspaces, in radians, ascending: (k,) float64, k the
+    smaller rank.
+
+    cos(theta_i) are the singular values of U^T V. Below 45 degrees they are taken from the sines
+    instead, the singular values of (I - U U^T) V: a cosine cannot tell an angle below the root of
+    the rounding unit from 0 (Björck and Golub 1973; Knyazev and Argentati 2002). So the error is a
+    few rounding units of the vectors for every angle.
+
+    Args:
+      u: an `Eigenspace`, or a block of orthonormal vectors.
+      v: another, of any rank, on vectors of the same structure.
+
+    Raises:
+      ValueError: the vectors differ in structure or shapes, or there are none.
+
+    Cost: no products; as `overlap`, three times. Memory: three times the vectors of the smaller
+      space.
+
+    Example:
+      >>> x, y, z = np.eye(3, dtype=np.float32)
+      >>> np.degrees(principal_angles(np.stack([x, y]), np.stack([x, (y + z) / np.float32(2**0.5)]))).round(3).tolist()
+      [0.0, 45.0]
+    """
+    u, v = _pair(u, v)
+    if trees.count(u) < trees.count(v):
+        u, v = v, u
+    # The principal vectors of v first: the sines of distinct angles are then one column's each.
+    _, cosines, rotation = np.linalg.svd(gram(v, u).T, full_matrices=False)
+    rest = combine(chunks_of(v), rotation, trees.one_of(v))
+    for _ in range(2):  # once more for what rounding leaves in the plane
+        rest, _ = project_out(rest, chunks_of(u))
+    rest, norms = trees.unit(rest)
+    # Columns of unit length: their Gram matrix squares no small angle away. The lengths join again
+    # in float64.
+    eigenvalues, directions = np.linalg.eigh(gram(rest, rest))
+    sizes = np.asarray(norms, float)
+    root = np.sqrt(np.maximum(eigenvalues, 0))[:, None] * directions.T
+    sines = np.linalg.svd(root * sizes, compute_uv=False)[::-1]
+    small = cosines > math.sqrt(0.5)
+    return np.sort(
+        np.where(small, np.arcsin(np.minimum(sines, 1)), np.arccos(np.minimum(cosines, 1)))
+    )
+
+
+def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTree]:
+    """Two blocks with vectors of one structure, of one dtype a leaf."""
+    u, v = (space.vectors if isinstance(space, Eigenspace) else space for space in (u, v))
+    structures: Any = jax.tree.structure(u), jax.tree.structure(v)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"u and v are of different operators: their vectors have structures {structures}."
+        )
+    for path, x, y in zip(trees.paths(u), jax.tree.leaves(u), jax.tree.leaves(v), strict=True):
+        if np.shape(x)[1:] != np.shape(y)[1:] or not np.ndim(x) or not np.ndim(y):
+            where = f"leaf {path!r} is" if path else "they are"
+            raise ValueError(
+                f"u and v are of different operators: {where} {np.shape(x)} and {np.shape(y)}; "
+                "expected blocks, which differ in the first axis alone."
+            )
+    if not min(trees.count(u), trees.count(v)):
+        raise ValueError(
+            f"u holds {trees.count(u)} vectors and v {trees.count(v)}; expected at least one in "
+            "each."
+        )
+    u, v = (
+        jax.tree.map(lambda x, y: jnp.asarray(x, np.promote_types(x.dtype, y.dtype)), *pair)
+        for pair in ((u, v), (v, u))
+    )
+    return u, v
+
+
+def gram(u: Block, v: Block) -> np.ndarray:
+    """Inner products of two blocks' vectors, (k, l) float64 on the host."""
+    return coefficients(chunks_of(v), u)[:, : trees.count(v)]
+
+
+def one_vector(eigenspace: Eigenspace) -> PyTree:
+    """Shapes and dtypes of one eigenvector."""
+    if not isinstance(eigenspace, Eigenspace):
+        raise TypeError(
+            f"eigenspace is a {type(eigenspace).__name__}; expected what "
+            "hd.top_eigenspace(operator, key, rank) gives."
+        )
+    return trees.one_of(eigenspace.vectors)
+
+
+def unit(vector: PyTree, like: PyTree, what: str) -> tuple[PyTree, float]:
+    """(a vector at unit length, as a block of one; its length).
+
+    Raises:
+      ValueError: it is not like ``like``, or a block of several, or zero, or not finite.
+    """
+    block, single = trees.as_block(vector, like, what)
+    if not single:
+        raise ValueError(
+            f"{what} is a block of {trees.count(block)} vectors; expected a single one."
+        )
+    block, norms = trees.unit(block)
+    (length,) = np.asarray(norms, float)
+    if not (np.isfinite(length) and length > 0):
+        why = "zero: it has no direction" if length == 0 else f"not finite, its norm is {length}"
+        raise ValueError(f"{what} is {why}; expected a finite vector that is not zero.")
+    return block, float(length)
+
+
+def norm(vector: PyTree) -> float:
+    """The Euclidean norm of a single vector."""
+    return float(trees.norm(trees.as_single(vector))[0])
+
+
+def components(eigenspace: Eigenspace, block: PyTree) -> np.ndarray:
+    """The inner products q_i.v with one vector, a block of one: (rank,) float64.
+
+    Raises:
+      ValueError: the eigenvectors are not orthonormal. The squares add up to the squared norm of
+        the projection only if they are, and that is what is compared; it costs what the inner
+        products did.
+    """
+    vectors = eigenspace.vectors
+    values = gram(block, vectors)[0]
+    projection = combine(chunks_of(vectors), values[None], trees.one_of(vectors))
+    projected, expected = float(trees.norm(projection)[0]), float(np.linalg.norm(values))
+    if not abs(projected - expected) <= _ORTHONORMAL * expected:  # written so that a NaN is refused
+        raise ValueError(
+            f"eigenspace.vectors are not orthonormal: a projection of norm {expected:.6g} has "
+            f"{projected:.6g}. Take them as hd.top_eigenspace gave them, or orthonormalize."
+        )
+    return values
+
+
+def shares(parts: np.ndarray, whole: float) -> np.ndarray:
+    """Non-negative parts, added up, of the whole that they are part of; rounding may make them a
+    little more."""
+    return np.minimum(np.cumsum(parts) / whole, 1)
