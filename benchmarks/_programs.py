@@ -2,7 +2,6 @@
 allocated or run."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -11,15 +10,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.models.stacked_gpt import StackedGPT
 from hessdensity import losses
-from hessdensity.losses import total
 from hessdensity.distributed import place
 from hessdensity.krylov import lanczos
-from hessdensity.operators import derivatives as _products
-from hessdensity.vectors import basis as _gram_schmidt
-from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees
-
-PyTree = Any
+from hessdensity.losses import risk
+from hessdensity.operators.derivatives import PRODUCTS
+from hessdensity.vectors import basis as bases
+from hessdensity.vectors import orthogonalize, trees
+from hessdensity.vectors.trees import PyTree
 
 
 def transformer(
@@ -51,16 +48,15 @@ def block(like: PyTree, count: int) -> PyTree:
 
 def gradient(loss: Callable, params: PyTree, batch: PyTree) -> Any:
     """The gradient of one batch."""
-    return total._add_gradient.lower(jax.tree_util.Partial(loss), params, params, batch).compile()
+    loss = jax.tree_util.Partial(loss)
+    return risk.add_batch.lower(risk.gradient_kernel, loss, params, batch, (), params).compile()
 
 
 def product(loss: Callable, params: PyTree, batch: PyTree, count: int) -> Any:
     """The products of one batch with a block of ``count`` vectors."""
-    vectors, mode = block(params, count), _products.FORWARD_OVER_REVERSE
-    lowered = _products.add_products.lower(
-        jax.tree_util.Partial(loss), params, vectors, vectors, batch, mode=mode
-    )
-    return lowered.compile()
+    vectors, loss = block(params, count), jax.tree_util.Partial(loss)
+    kernel = PRODUCTS[risk.FORWARD_OVER_REVERSE]
+    return risk.add_batch.lower(kernel, loss, params, batch, (vectors,), vectors).compile()
 
 
 def kernels(like: PyTree, count: int) -> dict[str, Any]:
@@ -68,31 +64,26 @@ def kernels(like: PyTree, count: int) -> dict[str, Any]:
     deflation's basis."""
     vectors, scalars = block(like, count), jax.ShapeDtypeStruct((count,), trees.scalar_dtype(like))
     factors = jax.ShapeDtypeStruct((count, lanczos.CHUNK), scalars.dtype)
-    new_chunk = jax.jit(partial(_basis.chunk, rows=lanczos.CHUNK))
     compiled = {
         "recur": lanczos._recur.lower(vectors, vectors, vectors, scalars),
-        "norm": jax.jit(trees.norm).lower(vectors),
-        "normalize": lanczos._normalize.lower(vectors, scalars),
-        "new chunk": new_chunk.lower(vectors),
-        "local": _gram_schmidt._orthogonalize_locally.lower(vectors, vectors, vectors),
+        "norm": trees.norm.lower(vectors),
+        "normalize": trees.normalize.lower(vectors, scalars),
+        "new chunk": bases.first_row.lower(vectors),
+        "local": orthogonalize._orthogonalize_locally.lower(vectors, vectors, vectors),
     }
     compiled = {name: lowered.compile() for name, lowered in compiled.items()}
     for name, probes in {"": vectors, " against": block(like, 1)}.items():
-        made = new_chunk.lower(probes)
+        made = bases.first_row.lower(probes)
         shapes, shardings = made.out_info, made.compile().output_shardings
         chunk = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
-        subtract = partial(jax.jit, donate_argnums=0)(_basis.subtract_combination)
-        write = partial(jax.jit, donate_argnums=0)(_basis.write_row)
-        compiled["coefficients" + name] = (
-            jax.jit(_basis.coefficients).lower(chunk, vectors).compile()
-        )
-        compiled["subtract" + name] = subtract.lower(vectors, factors, chunk).compile()
+        compiled["coefficients" + name] = bases.inner_products.lower(chunk, vectors).compile()
+        subtract = bases.subtract_in_place.lower(vectors, factors, chunk)
+        compiled["subtract" + name] = subtract.compile()
         if not name:
-            compiled["write row"] = write.lower(
-                chunk, vectors, jax.ShapeDtypeStruct((), jnp.int32)
-            ).compile()
+            row = jax.ShapeDtypeStruct((), jnp.int32)
+            compiled["write row"] = bases.write_row.lower(chunk, vectors, row).compile()
     return compiled
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 import hessdensity as hd
 from benchmarks._harness import save
-from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 SPECTRA = 200
 POINTS = 50

@@ -25,6 +25,7 @@ import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.imagenet_networks import NETWORKS
 from hessdensity import adapters, losses
+from hessdensity.krylov.engine import Step
 from hessdensity.runs.steps import SavedSteps
 
 
@@ -58,7 +59,8 @@ def main() -> None:
     with steps.kept():
         for index in range(args.steps):
             start = time.perf_counter()
-            steps.add(vectors, {"diagonal": [0.0], "outside": [[0.0] * 96]})
+            scalars = {"diagonal": [0.0], "deflation_coupling": [[0.0] * 96]}
+            steps.add(Step(vectors, scalars), 1)
             middle = time.perf_counter()
             steps.finish()
             if index:  # the first one makes threads

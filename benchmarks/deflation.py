@@ -44,6 +44,7 @@ from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.quadrature import Rule, Tridiagonal, gauss_rule
 from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 KEYS = 20  # on the network's spectrum
 SYNTHETIC_KEYS = 4

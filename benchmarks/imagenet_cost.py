@@ -55,8 +55,7 @@ PEAKS = {
 
 
 class Torch:
-    """The same network in PyTorch, in one of its memory layouts, on its accelerator if it has one.
-    """
+    """The same network in PyTorch, in one of its memory layouts, on its accelerator if it has one."""
 
     def __init__(self, name: str, layout: str) -> None:
         import torch

@@ -39,8 +39,7 @@ BLOCK = 2**16  # columns of the basis taken to float64 at a time
 
 
 def spectrum(n: int) -> jax.Array:
-    """Like a trained network's: nearly all of it close to 0, tails to both sides, and ten outliers.
-    """
+    """Like a trained network's: nearly all of it close to 0, tails to both sides, and ten outliers."""
     bulk = 1e-3 * jax.random.t(jax.random.key(0), 3.0, (n - 10,))
     return jnp.concatenate([jnp.clip(bulk, -0.3, 1.0), jnp.geomspace(1.5, 10.0, 10)])
 

@@ -41,7 +41,7 @@ from benchmarks.models.mlp import MLP
 from hessdensity.krylov import lanczos
 from hessdensity.plots.density import plot_density
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
-from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 NUM_STEPS = (15, 30, 45, 60, 90, 120)
 NUM_PROBES = (1, 2, 4, 10)

@@ -49,7 +49,7 @@ from benchmarks.mnist_reference import problem as reference_problem
 from benchmarks.models.data import cifar10, folder
 from benchmarks.models.resnet import ResNet, load_weights, normalize
 from hessdensity import adapters, losses
-from hessdensity.krylov import restarting as _block_run
+from hessdensity.krylov.restarted import RestartedLanczos
 from hessdensity.vectors import trees
 
 RANK = 10
@@ -78,9 +78,7 @@ class Flat:
         self.products += columns.shape[1]
         self.passes += 1
         rows = np.asarray(columns, np.float32).T
-        return trees.ravel(self.operator @ trees.unravel(rows, self.operator.like)).T.astype(
-            float
-        )
+        return trees.ravel(self.operator @ trees.unravel(rows, self.operator.like)).T.astype(float)
 
 
 def worst(values: np.ndarray, vectors: np.ndarray, products: np.ndarray, norm: float) -> float:
@@ -90,18 +88,17 @@ def worst(values: np.ndarray, vectors: np.ndarray, products: np.ndarray, norm: f
 
 def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: int) -> list[Point]:
     """What `hd.top_eigenspace` does, with a look at its residuals after each pass."""
-    run = _block_run.BlockRun(
-        operator, jax.random.key(key), RANK, "LM", TOLERANCE, block_size, 3 * RANK + 4 * block_size
-    )
-    run.begin(None)
+    basis_size, like = 3 * RANK + 4 * block_size, operator.like
+    settings = RANK, "LM", TOLERANCE, block_size, basis_size
+    engine = RestartedLanczos(like, jax.random.key(key), *settings)
+    engine.begin(None)
     points = []
-    while not run.complete and run.num_matvecs + block_size <= cap:
-        run.step()
-        if run.num_matvecs >= RANK:
-            space = run.answer({})
-            points.append(
-                Point(run.num_matvecs, run.num_passes, float(space.residuals.max() / norm))
-            )
+    while not engine.complete and engine.num_matvecs + block_size <= cap:
+        engine.take(operator @ engine.request())
+        if engine.num_matvecs >= RANK:
+            space = engine.pairs()
+            residual = float(space.residuals.max() / norm)
+            points.append(Point(engine.num_matvecs, engine.num_passes, residual))
     vectors = trees.ravel(space.vectors).T.astype(float)
     true = worst(space.values, vectors, Flat(operator)(vectors), norm)
     assert abs(true - points[-1].residual) < 2e-6, (true, points[-1])
@@ -286,9 +283,7 @@ def draw(results: dict[str, dict[str, list[list[Point]]]]) -> plt.Figure:
         for ax, count, label in zip(
             row, (0, 1), ("products with a vector", "passes over the data"), strict=True
         ):
-            for (name, histories), color in zip(
-                methods.items(), plt.cm.tab10.colors, strict=False
-            ):
+            for (name, histories), color in zip(methods.items(), plt.cm.tab10.colors, strict=False):
                 points = [point for point in histories[0] if np.isfinite(point.residual)]
                 style = {"marker": "o", "markersize": 3} | (
                     {"linestyle": ":"} if name == "ARPACK" else {}

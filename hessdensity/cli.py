@@ -23,24 +23,32 @@ def main() -> None:
     "--plot",
     default="hessdensity_demo.png",
     type=click.Path(dir_okay=False),
-    help="Where the figure goes.",
+    help="File to which the figure is saved.",
 )
 @click.option(
-    "--num-steps", default=60, type=click.IntRange(min=1), help="Lanczos steps: the resolution."
+    "--num-steps",
+    default=60,
+    type=click.IntRange(min=1),
+    help="Lanczos steps for each probe. They set the resolution.",
 )
 @click.option(
-    "--num-probes", default=4, type=click.IntRange(min=1), help="Random starts: the precision."
+    "--num-probes",
+    default=4,
+    type=click.IntRange(min=1),
+    help="Random starting vectors. They set the precision.",
 )
 @click.option(
     "--deflation-steps",
     default=60,
     type=click.IntRange(min=0),
-    help="Lanczos steps without probe noise.",
+    help="Lanczos steps for deflation. The outliers they find have no probe noise.",
 )
 @click.option("--seed", default=0, help="Seed of the probes.")
 def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed: int) -> None:
-    """Train a small network on handwritten digits; estimate its Hessian's density, and compare with
-    the exact one."""
+    """Estimate the density of a small network's Hessian, and compare it with the exact one.
+
+    The network is trained on handwritten digits.
+    """
     import jax
     import numpy as np
 
@@ -62,7 +70,8 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
         hessian, key, num_steps=num_steps, num_probes=num_probes, deflation_steps=deflation_steps
     )
     click.echo(
-        f"\n{density}\n\nThe dense Hessian for comparison, {density.dimension:,} products ..."
+        f"\n{density}\n\nComputing the dense Hessian for comparison, {density.dimension:,} "
+        "products ..."
     )
     eigenvalues = np.linalg.eigvalsh(hd.dense(hessian))
     click.echo(demonstration.comparison(density, eigenvalues))
@@ -76,32 +85,35 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
     "--num-steps",
     default=45,
     type=click.IntRange(min=1),
-    help="Lanczos steps of a probe: the resolution.",
+    help="Lanczos steps for each probe. They set the resolution.",
 )
 @click.option(
-    "--num-probes", default=2, type=click.IntRange(min=1), help="Random starts: the precision."
+    "--num-probes",
+    default=2,
+    type=click.IntRange(min=1),
+    help="Random starting vectors. They set the precision.",
 )
 @click.option(
     "--deflation-steps",
     default=90,
     type=click.IntRange(min=0),
-    help="Lanczos steps without probe noise.",
+    help="Lanczos steps for deflation. The outliers they find have no probe noise.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    help="Go on until the estimated W1 error over the range is below this.",
+    help="Continue until the estimated W1 error, divided by the range, is below this.",
 )
 @click.option(
     "--basis",
     type=click.Choice(["device", "host", "none"]),
-    help="Where the vectors go; what fits by default.",
+    help="Where the basis vectors are kept. By default it is chosen to fit into memory.",
 )
-@click.option("--checkpoint", type=click.Path(), help="Folder that a killed run goes on from.")
+@click.option("--checkpoint", type=click.Path(), help="Folder from which a killed run resumes.")
 @click.option("--seed", default=0, help="Seed of the probes.")
-@click.option("--out", type=click.Path(dir_okay=False), help="Save the density here (npz).")
+@click.option("--out", type=click.Path(dir_okay=False), help="File to save the density to (npz).")
 @click.option(
-    "--plot", type=click.Path(dir_okay=False), help="Draw the density here (png, pdf, svg)."
+    "--plot", type=click.Path(dir_okay=False), help="File to save a figure to (png, pdf, svg)."
 )
 @click.option(
     "--x-scale",
@@ -126,8 +138,9 @@ def run(
 ) -> None:
     """Estimate the density of PROBLEM, given as package.module:function.
 
-    The function takes no argument and returns (loss, params, data), or an operator. The current
-    folder is on the path."""
+    The function takes no argument and returns (loss, params, data), or an operator. Its module may
+    be in the current folder.
+    """
     import jax
 
     import hessdensity as hd
@@ -155,7 +168,7 @@ def run(
 
 
 def _operator(problem: str) -> Any:
-    """What ``package.module:function`` returns, as an operator."""
+    """The operator that ``package.module:function`` returns or defines."""
     import hessdensity as hd
 
     module, separator, function = problem.partition(":")
@@ -170,7 +183,7 @@ def _operator(problem: str) -> Any:
         if error.name is None or not module.startswith(error.name):
             raise
         raise click.BadParameter(
-            f"there is no module {error.name!r} in the current folder or installed."
+            f"module {error.name!r} is neither in the current folder nor installed."
         ) from error
     if not hasattr(found, function):
         raise click.BadParameter(f"module {module!r} has no function {function!r}.")
@@ -191,8 +204,7 @@ def _operator(problem: str) -> Any:
 
 
 def _check_targets(out: str | None, plot: str | None) -> None:
-    """A long computation must not end in a folder that is not there, or in a suffix that no figure
-    has."""
+    """Refuse, before a long computation, a folder that does not exist or an unknown suffix."""
     for target in filter(None, (out, plot)):
         folder = Path(target).absolute().parent
         if not folder.is_dir():
@@ -203,7 +215,8 @@ def _check_targets(out: str | None, plot: str | None) -> None:
         suffix = Path(plot).suffix.lstrip(".")
         if suffix not in formats():
             raise click.BadParameter(
-                f"{plot!r}: no figure is written as {suffix!r}; expected {', '.join(formats())}."
+                f"{plot!r}: figures cannot be saved as {suffix!r}; expected one of "
+                f"{', '.join(formats())}."
             )
 
 

@@ -1,5 +1,7 @@
-"""The main job on real data, small enough to be checked: a network for scikit-learn's handwritten
-digits."""
+"""A demonstration on real data: a network whose whole Hessian is small enough to be computed.
+
+It is trained on scikit-learn's handwritten digits.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,15 @@ TRAINING_STEPS = 400
 
 
 def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, list[Any]]:
-    """``(loss, params, data)`` of a 64-16-10 ReLU network (1,210 weights), trained with Adam on
-    1,797 digits.
+    """``(loss, params, data)`` of a small ReLU network trained on handwritten digits.
+
+    The network has the widths 64-16-10 and 1,210 weights. It is trained with Adam on 1,797 digits.
 
     Args:
-      training_steps: full-batch steps; 0 for the network at initialization.
+      training_steps: number of full-batch steps; 0 gives the network at initialization.
 
     Raises:
-      ModuleNotFoundError: scikit-learn, which carries the digits, is not installed.
+      ModuleNotFoundError: scikit-learn, which contains the digits, is not installed.
     """
     import optax
     from flax import nnx
@@ -57,16 +60,17 @@ def _digits() -> tuple[jax.Array, jax.Array]:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the demonstration's digits come with scikit-learn, which is not installed: pip "
-            "install 'hessdensity[demo]'"
+            "the digits of the demonstration are part of scikit-learn, which is not installed; "
+            "install it with: pip install 'hessdensity[demo]'"
         ) from error
     digits = load_digits()
     return jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)
 
 
 def comparison(density: SpectralDensity, eigenvalues: np.ndarray) -> str:
-    """A table of estimates, each beside the exact answer from all eigenvalues."""
-    extremes, near = density.extremes(), 1e-3 * float(np.abs(eigenvalues).max())
+    """A table of estimates, each beside the exact value from all eigenvalues."""
+    extremes = density.extremes()
+    near = 1e-3 * float(np.abs(eigenvalues).max())
     share = density.mass(-near, near)
     exact_share = np.mean(np.abs(eigenvalues) <= near)
     gap = distance(density, eigenvalues) / np.ptp(eigenvalues)

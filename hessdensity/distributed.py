@@ -1,7 +1,8 @@
-"""Many devices and many processes: a mesh, parameters sharded over it, the processes connected.
+"""Many devices and many processes: a mesh, parameters sharded over it, and connected processes.
 
-Nothing else in the package needs this room: what it returns is JAX's own, and a mesh or shardings
-made in any other way do as well."""
+Nothing else in the package depends on this module. It returns JAX's own objects, and a mesh or
+shardings made in any other way work as well.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hessdensity.data.batches import fresh, refuse_misuse
+from hessdensity.vectors.trees import PyTree
 
 logger = logging.getLogger("hessdensity")
-from hessdensity.vectors.trees import PyTree
 
 _called = False
 
@@ -35,27 +36,30 @@ def start(
     shutdown_timeout: int = 60,
     connect_timeout: int = 300,
 ) -> None:
-    """Connects the processes of a job; to be called first of all, before any other use of JAX.
+    """Connect the processes of a job. Call it before any other use of JAX.
 
-    ``jax.distributed.initialize``, which finds out by itself what SLURM, Open MPI, Kubernetes and
-    TPU pods say; then no argument is needed. A process that belongs to no job goes on alone, so
-    that the same script runs anywhere. A second call does nothing.
+    It calls ``jax.distributed.initialize``, which detects SLURM, Open MPI, Kubernetes and TPU pods.
+    There no argument is needed. On other clusters the first three arguments must be given together.
+    A process that belongs to no job continues alone, so that the same script runs anywhere. A
+    second call does nothing.
 
     Args:
-      coordinator_address: ``"host:port"`` of process 0, any free port. All three or none: on other
-        clusters.
-      num_processes: how many processes there are.
-      process_id: which one this is, from 0.
-      heartbeat_timeout: seconds after which a process that no longer answers, killed or stopped,
-        counts as dead. The others then end with an error: none can go on without it.
-      shutdown_timeout: seconds that a process that is done, or has raised an error, waits for the
-        others to be so too; then all of them end. A loader that hangs is none of these: `watch`.
-      connect_timeout: seconds that the processes wait for each other here.
+      coordinator_address: ``"host:port"`` of process 0, with any free port.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
+      heartbeat_timeout: seconds after which a process that no longer answers, because it was killed
+        or stopped, counts as dead. The others then end with an error, because none of them can
+        continue without it.
+      shutdown_timeout: seconds that a process waits for the others after it has finished or raised
+        an error. Then all of them end. A process whose loader hangs has done neither; `watch` ends
+        it.
+      connect_timeout: seconds that the processes wait for each other in this call.
 
     Raises:
-      ValueError: some of the three arguments are missing, or the address is none.
-      RuntimeError: JAX has been used already; there is no coordinator at the address. (If other
-        processes are missing, or on a cluster, JAX itself ends the process when the time is over.)
+      ValueError: some but not all of the first three arguments are given, or the address is not
+        ``"host:port"``.
+      RuntimeError: JAX has been used already, or there is no coordinator at the address. (If other
+        processes are missing, or on a cluster, JAX itself ends the process after the timeout.)
 
     Example:
       >>> start()  # doctest: +SKIP
@@ -72,8 +76,8 @@ def start(
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
         raise ValueError(
-            f"start: {' and '.join(missing)} missing; expected coordinator_address, num_processes "
-            "and process_id together, or none of them where the cluster tells (SLURM, Open MPI, "
+            f"start: {' and '.join(missing)} missing; give coordinator_address, num_processes and "
+            "process_id together, or none of them where JAX detects the cluster (SLURM, Open MPI, "
             "Kubernetes, TPU pods)."
         )
     if coordinator_address and process_id:
@@ -88,15 +92,15 @@ def start(
             shutdown_timeout_seconds=shutdown_timeout,
         )
     except ValueError as error:
-        # JAX's word for "no cluster found".
+        # This is JAX's error when it finds no cluster.
         if not missing or "coordinator_address" not in str(error):
             raise
-        logger.info("start: no cluster found; this process is alone.")
+        logger.info("start: no cluster found; this process runs alone.")
     except RuntimeError as error:
         if "before any JAX calls" not in str(error):
             raise
         raise RuntimeError(
-            "start: JAX has been used already, and its devices are fixed. Call "
+            "start: JAX has been used already, so its devices are fixed. Call "
             "hessdensity.distributed.start() first, before any array is made and before "
             "jax.devices()."
         ) from error
@@ -104,8 +108,10 @@ def start(
 
 
 def _wait_for(address: str, process_id: int, timeout: float) -> None:
-    """Until the coordinator listens. JAX waits too, but then aborts the process with a stack of C++
-    frames."""
+    """Wait until the coordinator listens.
+
+    JAX waits too, but after its timeout it aborts the process with a stack of C++ frames.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(
@@ -120,26 +126,26 @@ def _wait_for(address: str, process_id: int, timeout: float) -> None:
             if time.monotonic() > end:
                 raise RuntimeError(
                     f"start: process {process_id} found no coordinator at {address} within "
-                    f"{timeout} s ({error}). Is process 0 running on that host, and is the port "
-                    "open there?"
+                    f"{timeout} s ({error}). Check that process 0 runs on that host, and that the "
+                    "port is open there."
                 ) from error
         time.sleep(0.2)
 
 
 def watch(data: Any, timeout: float) -> Iterable[Any]:
-    """Data whose loader may not hang: if it does, its process ends, and with it all others.
+    """Limit the time for each batch: if the loader hangs, its process ends, and so do all others.
 
-    A process that waits for its disk for ever still answers, so that the others would wait for it
-    for ever too. Here the wait for each batch is bounded: after ``timeout`` seconds the process
-    prints where each of its threads stands and ends at once, with exit status 1. The others end as
-    they do when a process dies (`start`).
+    A process that waits for its disk forever still answers, so the others would wait for it
+    forever. Here the wait for each batch is bounded. After ``timeout`` seconds the process prints
+    the stack of each of its threads and ends immediately, with exit status 1. The others end as
+    they do when a process dies (see `start`).
 
     Args:
       data: batches, as for `Hessian`.
-      timeout: seconds that a batch may take; many times what the slowest does.
+      timeout: seconds that a batch may take. Allow many times the time of the slowest batch.
 
     Returns:
-      The same batches, as often as the data can be iterated.
+      The same batches. They can be iterated as often as ``data``.
 
     Raises:
       TypeError: data that cannot be iterated twice, as for `Hessian`.
@@ -152,16 +158,19 @@ def watch(data: Any, timeout: float) -> Iterable[Any]:
 
 
 class _Watched:
+    """Batches of data; a batch that takes too long ends the process."""
+
     def __init__(self, data: Any, timeout: float) -> None:
         refuse_misuse(data)
-        self._data, self._timeout = data, timeout
+        self._data = data
+        self._timeout = timeout
 
     def __iter__(self) -> Iterator[Any]:
         batches = fresh(self._data)
         while True:
-            # Its clock runs in a thread that needs no interpreter lock, which what hangs may hold.
-            # The process's own standard error, since what stands in for it, in a notebook say, may
-            # be no file.
+            # faulthandler's clock runs in a thread that does not need the interpreter lock, which
+            # the hanging loader may hold. It needs a file: a replacement of sys.stderr, such as in
+            # a notebook, may not be one, so this uses the process's own standard error.
             faulthandler.dump_traceback_later(
                 self._timeout, exit=True, file=sys.__stderr__ or sys.stderr
             )
@@ -177,17 +186,18 @@ class _Watched:
 def make_mesh(
     *, data: int | None = None, model: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh of all devices of all processes: an axis "data", and an axis "model" where it is
-    longer than 1.
+    """Make a mesh of all devices of all processes, with the axis "data".
+
+    If ``model`` is greater than 1, the mesh also has an axis "model".
 
     Args:
-      data: devices along "data", over which batches (and by `place` parameters) are split; by
-        default all that ``model`` leaves.
-      model: devices along "model", for parameters that you shard yourself.
-      devices: the devices, all by default.
+      data: number of devices along "data". Batches are split over them, and by `place` also
+        parameters. The default is the number of devices divided by ``model``.
+      model: number of devices along "model", for parameters that you shard yourself.
+      devices: the devices of the mesh, by default all.
 
     Raises:
-      ValueError: data x model is not the number of devices.
+      ValueError: ``data`` x ``model`` is not the number of devices.
 
     Example:
       >>> mesh = make_mesh(data=1, devices=jax.devices()[:1])
@@ -206,26 +216,30 @@ def make_mesh(
 
 
 def place(tree: PyTree, mesh: Mesh, *, axis: str = "data", min_size: int = 2**14) -> PyTree:
-    """Parameters fully sharded over a mesh (FSDP): each device holds its part of every large leaf.
+    """Shard parameters fully over a mesh (FSDP): each device holds its part of every large leaf.
 
-    A leaf of at least ``min_size`` entries is split along its longest dimension that the axis
-    divides; the others are replicated. All vectors of this package take the shardings of the
-    parameters.
+    A leaf of at least ``min_size`` entries is split along the longest of its dimensions that the
+    mesh axis divides. All other leaves are replicated. All vectors of this package take the
+    shardings of the parameters.
 
     Args:
-      tree: pytree of arrays, on the host or on devices; in several processes the same values in
-        each. Of ``jax.ShapeDtypeStruct``, for a plan: these with shardings.
-      mesh: such as `make_mesh` gives.
-      axis: the mesh axis to split over.
-      min_size: entries of the smallest leaf that is split: small ones are not worth the
-        communication.
+      tree: pytree of arrays, on the host or on devices. With several processes, each must give the
+        same values. A pytree of ``jax.ShapeDtypeStruct`` serves for a plan: it only gets shardings.
+      mesh: a mesh, such as one from `make_mesh`.
+      axis: the mesh axis over which leaves are split.
+      min_size: number of entries of the smallest leaf that is split. Splitting smaller leaves is
+        not worth the communication.
+
+    Returns:
+      The same tree, placed on the mesh.
 
     Raises:
       ValueError: the mesh has no such axis.
 
     Example:
       >>> mesh = make_mesh(devices=jax.devices()[:1])
-      >>> placed = place({"kernel": np.zeros((512, 64), np.float32), "bias": np.zeros(64, np.float32)}, mesh)
+      >>> tree = {"kernel": np.zeros((512, 64), np.float32), "bias": np.zeros(64, np.float32)}
+      >>> placed = place(tree, mesh)
       >>> print(placed["kernel"].sharding.spec, placed["bias"].sharding.spec)
       P('data', None) P()
     """
@@ -242,13 +256,15 @@ def place(tree: PyTree, mesh: Mesh, *, axis: str = "data", min_size: int = 2**14
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
             return jax.device_put(leaf, sharding)
-        values = np.asarray(leaf)  # each process hands its own devices their parts: nothing is sent
+        # Each process gives its own devices their parts, so that nothing is sent.
+        values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     return jax.tree.map(put, tree)
 
 
 def _spec(shape: tuple[int, ...], count: int, axis: str, min_size: int) -> PartitionSpec:
+    """Split the longest dimension that ``count`` divides, or none if the leaf is small."""
     divisible = [
         dimension for dimension, length in enumerate(shape) if length and length % count == 0
     ]

@@ -1,4 +1,4 @@
-"""The public exceptions. Invalid arguments raise ``ValueError`` and ``TypeError``."""
+"""The public exceptions. Invalid arguments raise ``ValueError`` or ``TypeError``."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from typing import Any
 
 
 class NonFiniteProductError(FloatingPointError):
-    """A product of the operator holds a NaN or an infinity."""
+    """A product with the operator contains a NaN or an infinity."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"Step {step}: {reason}")
         self.step = step
         """The step in which it happened, counted from 0."""
         self.partial: Any = None
-        """The answer that the steps before it give, or None where there was none."""
+        """The result of the steps before it, or None if there was no result yet."""
 
 
 class LostProcessError(RuntimeError):
-    """Another process has died, stalled or failed. What needs all processes cannot be finished."""
+    """Another process died, stalled or failed, so work that needs all processes cannot finish."""
 
 
-class RunTerminated(SystemExit):  # noqa: N818 (it ends the program, as SystemExit does)
-    """SIGTERM has arrived during a run: unless it is caught, the program ends with status 143.
+class RunTerminated(SystemExit):  # not ...Error: it ends the program, as SystemExit does
+    """SIGTERM arrived during a run. Unless this is caught, the program ends with status 143.
 
-    The steps done so far are in the checkpoint, if there is one, and `partial` is the answer that
-    they give.
+    The steps done so far are in the checkpoint, if there is one. `partial` is their result.
     """
 
     def __init__(self, reason: str) -> None:
         super().__init__(128 + 15)
         self.reason = reason
+        """Why the program ends, and whether the same call resumes the run."""
         self.partial: Any = None
-        """The answer that the steps before it give, or None where there was none."""
+        """The result of the steps done so far, or None if there was no result yet."""
 
     def __str__(self) -> str:
         return self.reason

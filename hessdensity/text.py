@@ -1,4 +1,4 @@
-"""What everything that prints shares: tables, bytes, seconds, the operator's name."""
+"""Formatting of everything that is printed: tables, bytes, seconds, the operator's name."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 
 def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[str]:
-    """Rows of cells as lines: each column as wide as its longest cell, two spaces between columns.
+    """Rows of cells as lines, with each column as wide as its longest cell.
+
+    Two spaces come before the first column and between columns.
 
     Args:
-      rows: of equal length; the first is usually the header.
-      left: numbers of the columns that are aligned to the left. The others go to the right.
+      rows: lists of cells, all of the same length. The first row is usually the header.
+      left: numbers of the columns that are aligned to the left. All others are aligned to the
+        right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
@@ -23,24 +26,24 @@ def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = ()) -> list[
 
 
 def named_rows(rows: Mapping[str, str | None]) -> list[str]:
-    """``name: text`` pairs as lines of a two-column table; pairs without a text are left out."""
+    """Pairs of a name and a text as lines of a table; pairs without a text are left out."""
     shown = [(name, text) for name, text in rows.items() if text]
     return table(shown, left={0, 1}) if shown else []
 
 
 def of_operator(description: Mapping[str, Any]) -> str:
-    """``of a Hessian``, from the description of a result."""
+    """The operator of a result in words, such as ``of a Hessian``, from its description."""
     kind = description.get("operator", {}).get("kind", "operator")
     return f"of {'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 product``, ``2 products``."""
+    """A count with its noun: ``1 product``, ``2 products``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes with its unit, in three digits."""
+    """A number of bytes with its unit, to three digits."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -49,7 +52,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """A time with its unit, in three digits."""
+    """A time with its unit, to three digits."""
     for limit, divisor, unit in ((1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "min")):
         if seconds < limit:
             return f"{seconds / divisor:.3g} {unit}"

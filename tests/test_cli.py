@@ -122,10 +122,10 @@ def test_the_figure_may_be_on_a_symlog_axis(run, tmp_path):
     [
         (["mine"], "'mine' names no function; expected package.module:function"),
         (["mine:absent"], "module 'mine' has no function 'absent'"),
-        (["absent:problem"], "there is no module 'absent' in the current folder or installed"),
+        (["absent:problem"], "module 'absent' is neither in the current folder nor installed"),
         (
             ["absent.inner:problem"],
-            "there is no module 'absent' in the current folder or installed",
+            "module 'absent' is neither in the current folder nor installed",
         ),
         (
             ["mine:operator", "--out", "absent/d.npz"],

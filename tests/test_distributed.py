@@ -12,6 +12,7 @@ from scenarios import assert_same
 import hessdensity as hd
 from hessdensity import distributed
 from hessdensity.krylov import lanczos
+from hessdensity.vectors.random import random_block
 
 
 def mesh_of(count, kind=AxisType.Auto, model=1):
@@ -102,7 +103,7 @@ def test_sharded_parameters_keep_their_shards_in_every_vector(key):
     alone, sharded = run(w, x), run(jax.device_put(w, rows), jax.device_put(x, everywhere))
     assert hd.distance(sharded, alone) < 1e-4 * max(map(abs, alone.extent))
     hessian = hd.Hessian(loss, jax.device_put(w, rows), [jax.device_put(x, everywhere)])
-    state = lanczos.init(lanczos.random_block(key, 0, 2, hessian.like), 10)
+    state = lanczos.init(random_block(key, 0, 2, hessian.like), 10)
     for state in lanczos.iterate(hessian, state):
         shards = {shard.data.size for chunk in state.basis for shard in chunk.addressable_shards}
         assert shards == {2 * lanczos.CHUNK * 1024}

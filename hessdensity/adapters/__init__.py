@@ -1,18 +1,18 @@
 """Flax models as ``loss(params, batch)``. A plain JAX function needs no adapter.
 
-A batch is ``(inputs, targets)``, or ``(inputs, targets, mask)``: ``criterion(outputs, *rest)`` is
-called with all but the inputs and returns a mean or a `Total`. `hessdensity.losses` has the usual
-criteria.
+A batch is ``(inputs, targets)`` or ``(inputs, targets, mask)``. The criterion is called as
+``criterion(outputs, targets)`` or ``criterion(outputs, targets, mask)``, and returns a mean or a
+`Total`. `hessdensity.losses` has common criteria.
 
-Batch normalization. A model that carries statistics must be told what they are, for the Hessian
-depends on it and neither is a detail (one small network: largest eigenvalue 1.38 with stored
-statistics, 1.06 with the batch's):
+Batch normalization. If a model has batch statistics, you must choose which ones it uses, because
+the Hessian depends on them. The difference is not small: the largest eigenvalue of one small
+network is 1.38 with the stored statistics, and 1.06 with those of the batch.
 
-- ``batch_statistics="stored"``: evaluation mode, the running averages held fixed;
-- ``batch_statistics="batch"``: training mode, differentiated through. The Hessian then depends on
-  how the data are cut into batches, and is that of the mean over these batches.
+- ``batch_statistics="stored"`` is evaluation mode. The running averages are held fixed.
+- ``batch_statistics="batch"`` is training mode. Derivatives go through the statistics. The Hessian
+  then depends on how the data are cut into batches, and is that of the mean over these batches.
 
-Statistics are never written.
+The adapters never change the stored statistics.
 """
 
 from .linen import from_linen as from_linen

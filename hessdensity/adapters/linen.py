@@ -27,23 +27,26 @@ def from_linen(
 
     Args:
       model: a ``flax.linen.Module``, called as ``model.apply(variables, inputs, **call_options)``.
-      variables: what ``model.init`` gave or training left: ``params`` and any other collections,
-        held fixed.
-      criterion: ``criterion(outputs, *targets)``.
-      batch_statistics: ``"stored"`` or ``"batch"``; to be given if, and only if, ``variables`` has
-        ``batch_stats``.
+      variables: the collections from ``model.init`` or from training: ``params``, and any others,
+        which are held fixed.
+      criterion: ``criterion(outputs, *targets)``, which returns a mean or a `Total`.
+      batch_statistics: ``"stored"`` or ``"batch"``. It must be given if, and only if, ``variables``
+        has ``batch_stats``.
       call_options: keyword arguments of the model's ``__call__``, such as ``deterministic=True``.
-        Its switch between stored and batch statistics (``use_running_average`` or ``train``, say)
-        is one of them, and is yours to set in agreement: with ``"stored"`` a model that would write
-        its statistics is refused by Flax.
+        If the model has a switch between stored and batch statistics, such as
+        ``use_running_average`` or ``train``, set it here so that it agrees with
+        ``batch_statistics``. With ``"stored"`` Flax refuses a model that would write its
+        statistics.
 
     Returns:
-      The loss, a pytree whose leaves are the other collections (a new checkpoint compiles nothing),
-      and ``variables["params"]``.
+      The loss and ``variables["params"]``. The loss is a pytree whose leaves are the other
+      collections, so that a new checkpoint needs no compilation.
 
     Raises:
-      TypeError: ``model`` is no linen module.
-      ValueError: ``variables`` has no ``params``; ``batch_statistics`` is missing or superfluous.
+      TypeError: ``model`` is not a linen module.
+      ValueError: ``variables`` has no ``params``, or ``batch_statistics`` is missing or not needed.
+      ValueError (in the loss): the model uses its stored statistics in spite of
+        ``batch_statistics="batch"``.
 
     Example:
       >>> from flax import linen
@@ -73,7 +76,10 @@ def from_linen(
 
 @dataclass(frozen=True)
 class _LinenLoss:
-    """Equal for equal models, so that what was compiled for one checkpoint serves the next."""
+    """The loss without its variables.
+
+    It is equal for equal models, so that a program compiled for one checkpoint serves the next.
+    """
 
     model: Any
     criterion: Criterion
@@ -82,7 +88,7 @@ class _LinenLoss:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether batches must not be cut, for the model normalizes by their statistics."""
+        """Whether batches must not be cut, because the model normalizes by their statistics."""
         return self.train
 
     def __call__(self, state: PyTree, params: PyTree, batch: PyTree) -> Any:
@@ -94,14 +100,12 @@ class _LinenLoss:
             outputs, updated = self.model.apply(
                 variables, inputs, mutable=["batch_stats"], **dict(self.options)
             )
-            before, after = (
-                jax.tree.leaves(state["batch_stats"]),
-                jax.tree.leaves(updated["batch_stats"]),
-            )
+            before = jax.tree.leaves(state["batch_stats"])
+            after = jax.tree.leaves(updated["batch_stats"])
             if all(old is new for old, new in zip(before, after, strict=True)):
                 raise ValueError(
-                    "batch_statistics='batch', but the model went on using its stored ones; pass "
-                    "its switch to from_linen, such as train=True or use_running_average=False "
-                    f"(given: {dict(self.options)})."
+                    "batch_statistics='batch', but the model still uses its stored statistics; "
+                    "pass its switch to from_linen, such as train=True or "
+                    f"use_running_average=False (given: {dict(self.options)})."
                 )
         return self.criterion(outputs, *rest)

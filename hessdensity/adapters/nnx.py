@@ -20,19 +20,20 @@ def from_nnx(
     """``(loss, params)`` of a Flax NNX model.
 
     Args:
-      model: a ``flax.nnx.Module``, called as ``model(inputs)``; neither changed nor kept. Dropout
-        is switched off.
-      criterion: ``criterion(outputs, *targets)``.
-      batch_statistics: ``"stored"`` or ``"batch"``; to be given if, and only if, the model has
+      model: a ``flax.nnx.Module``, called as ``model(inputs)``. It is neither changed nor kept, and
+        its dropout is switched off.
+      criterion: ``criterion(outputs, *targets)``, which returns a mean or a `Total`.
+      batch_statistics: ``"stored"`` or ``"batch"``. It must be given if, and only if, the model has
         ``nnx.BatchStat`` variables.
 
     Returns:
-      The loss, a pytree whose leaves are all variables but the parameters (a new checkpoint
-      compiles nothing), and the parameters, an ``nnx.State`` of ``nnx.Param``.
+      The loss and the parameters, an ``nnx.State`` of ``nnx.Param``. The loss is a pytree whose
+      leaves are all other variables, so that a new checkpoint needs no compilation.
 
     Raises:
-      TypeError: ``model`` is no NNX module.
-      ValueError: ``batch_statistics`` is missing or superfluous; the model has no parameters.
+      TypeError: ``model`` is not an NNX module.
+      ValueError: ``batch_statistics`` is missing or not needed, or the model has no parameters.
+      ValueError (in the loss): the model uses other statistics than ``batch_statistics`` says.
 
     Example:
       >>> from flax import nnx
@@ -51,8 +52,8 @@ def from_nnx(
     graph, params, statistics, rest = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
     if not params:
         raise ValueError(
-            f"model, a {type(model).__name__}, has no nnx.Param variables; nothing to "
-            "differentiate by."
+            f"model, a {type(model).__name__}, has no nnx.Param variables; expected parameters by "
+            "which the loss can be differentiated."
         )
     check_mode(batch_statistics, bool(statistics))
     return Partial(
@@ -62,7 +63,7 @@ def from_nnx(
 
 @dataclass(frozen=True)
 class _NnxLoss:
-    """Equal for equal model graphs, as `_LinenLoss`."""
+    """The loss without its variables, equal for equal model graphs like `_LinenLoss`."""
 
     graph: Any
     criterion: Criterion
@@ -70,7 +71,7 @@ class _NnxLoss:
 
     @property
     def whole_batch(self) -> bool:
-        """Whether batches must not be cut, for the model normalizes by their statistics."""
+        """Whether batches must not be cut, because the model normalizes by their statistics."""
         return self.train
 
     def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
@@ -78,20 +79,18 @@ class _NnxLoss:
 
         inputs, *targets = parts(batch)
         model = nnx.merge(self.graph, params, statistics, rest, copy=True)
-        # A merged copy: what the call writes into its statistics is dropped with it.
+        # The model is a copy. Any statistics that the call writes are dropped with it.
         model.set_attributes(deterministic=True, raise_if_not_found=False)
         model.set_attributes(use_running_average=not self.train, raise_if_not_found=False)
         outputs = model(inputs)
-        before, after = (
-            jax.tree.leaves(statistics),
-            jax.tree.leaves(nnx.state(model, nnx.BatchStat)),
-        )
+        before = jax.tree.leaves(statistics)
+        after = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
         if before and self.train != any(
             old is not new for old, new in zip(before, after, strict=True)
         ):
             raise ValueError(
-                f"batch_statistics={'batch' if self.train else 'stored'!r}, but the model chose "
-                "the other kind itself; drop use_running_average from the calls of its "
+                f"batch_statistics={'batch' if self.train else 'stored'!r}, but the model itself "
+                "chose the other statistics; remove use_running_average from the calls of its "
                 "normalization layers."
             )
         return self.criterion(outputs, *targets)

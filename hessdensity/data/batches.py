@@ -1,4 +1,4 @@
-"""Batches that can be iterated again: what counts as data, and what is refused."""
+"""Batches that can be iterated repeatedly: which data are accepted, and which are refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _WRAP = (
 
 
 def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
-    """In-memory arrays as a list of batches: slices of ``batch_size`` examples, the last smaller.
+    """Cut in-memory arrays into a list of batches of ``batch_size`` examples.
+
+    The last batch is smaller if ``batch_size`` does not divide the number of examples.
 
     Args:
       arrays: a pytree of arrays that share their leading axis, such as ``(x, y)``.
@@ -26,7 +28,7 @@ def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
 
     Raises:
       TypeError: a leaf is not an array.
-      ValueError: the arrays disagree in length, or ``batch_size`` < 1.
+      ValueError: the arrays differ in length, or ``batch_size`` < 1.
 
     Example:
       >>> [x.shape for x in batches(np.zeros((64, 3)), 30)]
@@ -49,19 +51,19 @@ def batches(arrays: PyTree, batch_size: int) -> list[PyTree]:
 
 
 def leading_lengths(batch: PyTree) -> dict[str, int | None]:
-    """The length of each leaf's leading axis, None for a scalar, by the leaf's path."""
+    """The length of each leaf's leading axis (None for a scalar), by the leaf's path."""
     shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
     pairs = zip(trees.paths(batch), shapes, strict=True)
     return {name: shape[0] if shape else None for name, shape in pairs}
 
 
 def fresh(source: Any) -> Iterator[PyTree]:
-    """An iterator over the batches, from the first one on."""
+    """A new iterator over the batches, starting at the first one."""
     if hasattr(source, "__iter__"):
         return iter(source)
     if hasattr(source, "__getitem__"):
-        # A map-style dataset: its length may be all that ends it, where Python's own protocol waits
-        # for an IndexError.
+        # A map-style dataset. Python's own protocol ends at an IndexError, which such a dataset
+        # need not raise. Its length ends the iteration.
         if hasattr(source, "__len__"):
             return (source[index] for index in range(len(source)))
         return iter(source)
@@ -75,27 +77,28 @@ def fresh(source: Any) -> Iterator[PyTree]:
 
 
 def refuse_misuse(source: Any) -> None:
-    """Raise TypeError for data that cannot be iterated twice, or that are one batch."""
+    """Raise TypeError for data that cannot be iterated twice, or that are a single batch."""
     kind = type(source).__name__
     if _is_array(source):
         raise TypeError(f"data is a bare {kind}, which would be iterated row by row; {_WRAP}")
     members = _members(source)
     if isinstance(source, Mapping) or (members and all(map(_is_array, members))):
         raise TypeError(
-            f"data is a bare {kind} of arrays, one batch and not a collection of batches; {_WRAP}"
+            f"data is a bare {kind} of arrays, which is one batch, not a collection of batches; "
+            f"{_WRAP}"
         )
     if isinstance(source, list) and len({np.ndim(x) for x in source if _is_array(x)}) > 1:
         raise TypeError(
-            "data is a list of arrays of different rank, one batch and not a collection of "
+            "data is a list of arrays of different rank, which is one batch, not a collection of "
             f"batches; {_WRAP}"
         )
     if hasattr(source, "__next__") or (
         hasattr(source, "__iter__") and isinstance(source, Iterator)
     ):
         raise TypeError(
-            f"data is a one-shot iterator ({kind}): a second pass would find it empty, and every "
-            "product is a pass. Give a list, a loader object, or a function that returns a fresh "
-            "iterator."
+            f"data is a one-shot iterator ({kind}), which would be empty in the second pass. Every "
+            "product needs a pass of its own. Give a list, a loader object, or a function that "
+            "returns a fresh iterator."
         )
     if not (callable(source) or hasattr(source, "__iter__") or hasattr(source, "__getitem__")):
         raise TypeError(

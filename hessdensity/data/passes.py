@@ -1,4 +1,4 @@
-"""Passes over the data: batches move to the device one ahead, and each pass equals the first."""
+"""Passes over the data: one batch is moved ahead, and each pass is compared with the first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class BatchReport(NamedTuple):
-    """What a computation reports of one batch, or of a piece of it: scalars, on the device."""
+    """A computation's report on one batch, or on a piece of it: scalars on the device."""
 
     total: Any
     """Sum of the examples' losses."""
@@ -33,12 +33,12 @@ class BatchReport(NamedTuple):
 
 
 class Passes:
-    """Data that can be iterated again and again, and a memory of what the first pass saw.
+    """Data that can be iterated repeatedly, with a record of the first pass.
 
     Args:
       source: anything that can be iterated twice, or a function that returns a fresh iterator.
-      placement: where batches go, and in which pieces; None for whole batches on the default
-        device.
+      placement: the devices to which batches go, and the pieces into which they are cut. None
+        places whole batches on the default device.
 
     Raises:
       TypeError: ``source`` is a one-shot iterator, a bare batch, or not iterable.
@@ -49,17 +49,17 @@ class Passes:
         self._source = source
         self._placement = placement or BatchPlacement()
         self._first: tuple[np.ndarray, list[Count]] | None = None
-        self._first_program: Callable[[], float] | None = None
+        self._first_program: Callable[[PyTree], float] | None = None
         self._spreads: dict[Any, float] = {}
         self.num_passes = 0
-        """Passes that have been compared with the first one, which counts too."""
+        """Number of passes compared with the first one, including the first one itself."""
         self.shuffled = False
         """Whether a pass held the same examples as the first one in another order."""
 
     def __iter__(self) -> Iterator[tuple[int, PyTree]]:
-        """(number of the batch, a piece of it on the devices).
+        """Yield pairs of a batch's number and a piece of the batch on the devices.
 
-        A piece is handed over when the transfer of the next one has begun.
+        A piece is yielded only after the transfer of the next one has begun.
         """
         ahead: tuple[tuple[int, PyTree], ...] = ()
         for piece in self._placement.pieces(fresh(self._source)):
@@ -71,8 +71,8 @@ class Passes:
             if self._first is None:
                 raise ValueError(f"data: {name} gave no batch; expected at least one.")
             raise ValueError(
-                f"data: {name} gave no batch in a later pass, though the first one saw some: does "
-                "it hand out an exhausted iterator?"
+                f"data: {name} gave no batch in a later pass, but the first pass saw some. Does it "
+                "return an exhausted iterator? Return a fresh one for every pass."
             )
 
     def accumulate(
@@ -80,16 +80,16 @@ class Passes:
         step: Callable[[PyTree, int, PyTree], tuple[PyTree, BatchReport]],
         total: PyTree,
     ) -> tuple[PyTree, list[BatchReport]]:
-        """``total, report = step(total, number of the batch, piece of it)`` over one pass.
+        """Apply ``total, report = step(total, number of the batch, piece of it)`` over one pass.
 
         Returns:
-          The last total; one report for each batch, the sum of those of its pieces.
+          The last total; one report for each batch, the sum of the reports of its pieces.
         """
         indices: list[int] = []
         reports: list[BatchReport] = []
         for index, piece in self:
-            # Dispatch is asynchronous: without this wait a fast loader would fill the device with
-            # waiting batches.
+            # Dispatch is asynchronous. Without this wait, a fast loader would fill the device with
+            # batches that are not yet used.
             jax.block_until_ready(reports[-2:-1])
             total, report = step(total, index, piece)
             indices.append(index)
@@ -97,39 +97,46 @@ class Passes:
         return total, _by_batch(indices, jax.device_get(reports))
 
     def forgetful(self) -> Passes:
-        """The same data, of which no pass has been seen."""
+        """The same data, without a record of earlier passes."""
         return Passes(self._source, self._placement)
 
     def record(
-        self, reports: list[BatchReport], program: Any, first_loss: Callable[[], float]
+        self, reports: list[BatchReport], program: Any, mean_loss: Callable[[PyTree], float]
     ) -> None:
-        """Note what a whole pass saw, and compare it with the first pass.
+        """Record a whole pass, and compare it with the first one.
 
         Args:
-          reports: those of all batches, in order.
-          program: names the program that has computed the losses; hashable.
-          first_loss: the mean loss of the first piece of data by that program. It is called only
-            where losses differ by more than float32 rounding. Its variation from run to run, and
-            from this program to that of the first pass, is what rounding explains.
+          reports: one for each batch, in order.
+          program: identifies the program that has computed the losses; hashable.
+          mean_loss: computes the mean loss of a piece of data by that program. It is called on the
+            first piece, and only if losses differ by more than float32 rounding. Rounding is taken
+            to explain as much as this value varies from run to run, and from this program to the
+            program of the first pass.
 
         Raises:
-          RuntimeError: this pass saw other data than the first one; names the pass and the batch.
+          RuntimeError: the data of this pass differ from those of the first one. The message names
+            the pass and the batch.
         """
         counts = [report.count.item() for report in reports]
         pairs = zip(reports, counts, strict=True)
         losses = np.array([report.total.item() / (count or 1) for report, count in pairs])
         self.num_passes += 1
         if self._first is None or self._first_program is None:
-            self._first, self._first_program = (losses, counts), first_loss
+            self._first = losses, counts
+            self._first_program = mean_loss
             return
-        # Not the rounding unit of bfloat16: another subset would go unnoticed in its shadow.
-        shortest = float(np.finfo(np.float32).eps)
-        epsilon = min(shortest, *(float(jnp.finfo(report.total.dtype).eps) for report in reports))
+        # Never as large as the rounding unit of bfloat16, with which a different subset of the data
+        # would go unnoticed.
+        largest = float(np.finfo(np.float32).eps)
+        epsilon = min(largest, *(float(jnp.finfo(report.total.dtype).eps) for report in reports))
         tolerance = 64 * epsilon * float(np.mean(np.abs(self._first[0])))
         differing = _differing(losses, counts, self._first, tolerance)
         if differing:
             if program not in self._spreads:
-                found = [first_loss(), first_loss(), self._first_program()]
+                # One piece for all three, because the next pass may already give other data.
+                _, piece = next(iter(self))
+                programs = (mean_loss, mean_loss, self._first_program)
+                found = [each(piece) for each in programs]
                 self._spreads[program] = max(found) - min(found)
             tolerance = max(tolerance, 8 * self._spreads[program])
             differing = _differing(losses, counts, self._first, tolerance)
@@ -139,31 +146,33 @@ class Passes:
     def _explain(
         self, losses: np.ndarray, counts: list[Count], batch: int, tolerance: float
     ) -> None:
-        """Warn of shuffled data, and refuse data that differ."""
+        """Warn if the data are only shuffled; raise an error if they differ."""
         assert self._first is not None
         expected, expected_counts = self._first
-        mean, expected_mean = _mean(losses, counts), _mean(expected, expected_counts)
+        mean = _mean(losses, counts)
+        expected_mean = _mean(expected, expected_counts)
         same_total = _same_count(sum(counts), sum(expected_counts))
         if same_total and abs(mean - expected_mean) <= tolerance:
             if not self.shuffled:
                 warnings.warn(
-                    "data: every pass holds the same examples in another order (a shuffling "
-                    "loader). The Hessian is the same; pass shuffle=False for repeatable runs and "
-                    "for checks batch by batch.",
+                    "data: the batches hold the same examples in another order in every pass (the "
+                    "loader shuffles). The Hessian is the same. For repeatable runs and a check of "
+                    "every batch, pass shuffle=False to the loader.",
                     stacklevel=_callers_level(),
                 )
             self.shuffled = True
             return
         raise RuntimeError(
             f"data: pass {self.num_passes} differs from pass 1, first in batch {batch}: "
-            f"{_said(losses, counts, batch)}, was {_said(expected, expected_counts, batch)}; over "
-            f"the whole pass {sum(counts)} examples of mean loss {mean:.9g}, was "
-            f"{sum(expected_counts)} of {expected_mean:.9g}. The operator would not be one matrix. "
-            "Fix the subset, and switch off augmentation and dropout."
+            f"{_said(losses, counts, batch)}, was {_said(expected, expected_counts, batch)}. The "
+            f"whole pass has {sum(counts)} examples of mean loss {mean:.9g}, was "
+            f"{sum(expected_counts)} examples of mean loss {expected_mean:.9g}. All products must "
+            "use the same data. Fix the subset of examples, and switch off augmentation and "
+            "dropout."
         )
 
     def describe(self) -> dict[str, Any]:
-        """What the first pass saw."""
+        """A summary of the first pass; empty before it."""
         if self._first is None:
             return {}
         losses, counts = self._first
@@ -176,29 +185,34 @@ class Passes:
 
 
 def total_count(reports: list[BatchReport], what: str) -> Count:
-    """The number of examples of a pass in which ``what`` was computed.
+    """The number of examples in a pass, after checking that its results are finite.
+
+    Args:
+      reports: one for each batch.
+      what: names the computed quantity in the error message.
 
     Raises:
-      FloatingPointError: it is not finite; names the batch.
+      FloatingPointError: the quantity is not finite. The message names the batch.
       ValueError: the counts add up to 0 or less.
     """
     for index, report in enumerate(reports):
         if not report.finite:
             raise FloatingPointError(
                 f"{what} is not finite in batch {index} of {len(reports)} (mean loss "
-                f"{report.total / (report.count or 1):.6g}): look for log(0), sqrt(0), 0/0 or "
+                f"{report.total / (report.count or 1):.6g}). Look for log(0), sqrt(0), 0/0 or "
                 "overflow there, or drop the batch."
             )
     count = sum(report.count.item() for report in reports)
     if not count > 0:
         raise ValueError(
-            f"loss: the counts of all batches add up to {count}; expected a positive number."
+            f"loss: the counts of all batches add up to {count}; expected a positive number. "
+            "Check the lengths of the batches, or the count in the loss's hd.Total."
         )
     return count
 
 
 def _by_batch(indices: list[int], reports: list[BatchReport]) -> list[BatchReport]:
-    """One report for each batch, from those of its pieces in order."""
+    """One report for each batch, merged from the reports of its pieces, which come in order."""
 
     def merge(pieces: list[BatchReport]) -> BatchReport:
         if len(pieces) == 1:
@@ -213,9 +227,11 @@ def _by_batch(indices: list[int], reports: list[BatchReport]) -> list[BatchRepor
 
 def _callers_level() -> int:
     """The ``stacklevel`` for ``warnings.warn`` of the first frame outside this package."""
-    level, frame = 1, sys._getframe(1)
+    level = 1
+    frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
-        level, frame = level + 1, frame.f_back
+        level += 1
+        frame = frame.f_back
     return level
 
 
@@ -230,7 +246,7 @@ def _said(losses: np.ndarray, counts: list[Count], index: int) -> str:
 
 
 def _same_count(a: Count, b: Count) -> bool:
-    """Numbers of examples are exact; total weights are sums in float32."""
+    """Whether two counts agree. Numbers of examples are exact; weights are sums in float32."""
     return a == b if isinstance(a, int) else bool(np.isclose(a, b, rtol=1e-5))
 
 
@@ -240,7 +256,7 @@ def _differing(
     first: tuple[np.ndarray, list[Count]],
     tolerance: float,
 ) -> list[int]:
-    """Batches whose count, or whose loss by more than the tolerance, is not the first pass's."""
+    """Numbers of the batches whose count or loss differs from that of the first pass."""
     expected, expected_counts = first
     common = min(len(counts), len(expected_counts))
     close = np.isclose(losses[:common], expected[:common], rtol=0, atol=tolerance, equal_nan=True)

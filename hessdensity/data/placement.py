@@ -1,8 +1,8 @@
-"""How a batch reaches the devices: in one piece or several, each split over the mesh or on every
-device.
+"""How batches reach the devices: in pieces, each split over the mesh or copied to every device.
 
-A sum over examples may be taken in pieces, so that no batch need have the length that a mesh, or a
-device's memory, would like. In several processes a batch is the rows of them all (`_agreement`).
+A sum over examples may be taken in pieces. A batch therefore need not have a length that suits the
+mesh or a device's memory. With several processes, a batch consists of the rows of all of them
+(`hessdensity.data.processes`).
 """
 
 from __future__ import annotations
@@ -23,22 +23,25 @@ from .processes import PLACED, RAGGED, ProcessBatches, gather, rows
 
 
 class BatchPlacement:
-    """Where batches go, and in which pieces.
+    """The devices to which batches go, and the pieces into which they are cut.
 
-    Host arrays, and arrays that JAX alone has put on its default device, go to the parameters'
-    devices: split over the data axis of their mesh, else whole. Rows that the axis does not divide
-    go to every device, at once no more than a device's share of the first batch, for so many fit.
-    Arrays that the user has placed stay where they are.
+    Host arrays, and arrays that JAX itself has put on its default device, go to the parameters'
+    devices. There they are split over the data axis of the mesh, or copied whole if there is no
+    such axis. Rows left over because the axis does not divide their number go to every device. They
+    go in pieces no longer than a device's share of the first batch, because that many rows are
+    known to fit. Arrays that the user has placed stay where they are.
 
     Args:
-      params: the parameters. data_axis: the mesh axis over which rows are split; over none if it is
-      None or the mesh has no such axis. microbatch: most examples of a piece, per process, but at
-      least one per device; None for no limit. whole: batches must not be cut, the loss not being a
-      mean over examples that do not know of each other.
+      params: the parameters.
+      data_axis: the mesh axis over which rows are split. If it is None, or if the mesh has no such
+        axis, rows are not split.
+      microbatch: the most examples in a piece, per process, but at least one per device. None sets
+        no limit.
+      whole: batches must not be cut, because the loss is not a mean over independent examples.
 
     Raises:
-      ValueError: ``microbatch`` < 1, or given where batches must not be cut; parameters on
-        different devices, or on a mesh of some of the processes.
+      ValueError: ``microbatch`` < 1, or given although batches must not be cut; parameters on
+        different devices, or on a mesh that includes several but not all of the processes.
     """
 
     def __init__(
@@ -57,10 +60,12 @@ class BatchPlacement:
         if microbatch is not None and whole:
             raise ValueError(
                 f"microbatch={microbatch}, but the loss says that its batches must not be cut "
-                "(batch statistics): its Hessian is that of these very batches. Take smaller "
-                "batches, or jax.checkpoint in the model."
+                "(batch statistics): cutting them would change the Hessian. Use smaller batches, "
+                "or jax.checkpoint in the model."
             )
-        self._axis, self._microbatch, self._whole = data_axis, microbatch, whole
+        self._axis = data_axis
+        self._microbatch = microbatch
+        self._whole = whole
         self._everywhere = self._split = _common_sharding(params)
         self._processes = self._count = self._own = 1
         if isinstance(self._everywhere, NamedSharding):
@@ -71,7 +76,7 @@ class BatchPlacement:
                 self._split = NamedSharding(mesh, PartitionSpec(data_axis))
                 self._count = mesh.shape[data_axis]
                 self._own = _own_share(mesh, data_axis, self._processes)
-        # Rows of a piece on a device, and in all.
+        # The most rows of a piece on each device, and on all devices together.
         self._share = (
             None if microbatch is None else max(microbatch * self._processes // self._count, 1)
         )
@@ -79,7 +84,7 @@ class BatchPlacement:
         self._agreement = ProcessBatches(_length)
 
     def pieces(self, batches: Iterator[PyTree]) -> Iterator[tuple[int, PyTree]]:
-        """(the batch's number, a piece of it on the devices), placed as they are asked for."""
+        """Yield each batch's number with each of its pieces, placing a piece when it is needed."""
         arrays = (_arrays(batch, index) for index, batch in enumerate(batches))
         alone = ((batch, np.array([_length(batch)])) for batch in arrays)
         together = self._agreement.batches(arrays)
@@ -94,8 +99,10 @@ class BatchPlacement:
             yield from ((index, piece) for piece in pieces)
 
     def _cut(self, batch: PyTree, lengths: np.ndarray, index: int) -> Iterator[PyTree]:
-        """First what the processes have alike, each its own rows on its own devices; then what is
-        left, known to all.
+        """Cut a batch into pieces, and place them.
+
+        First come the rows that every process has in equal number; each process places its own rows
+        on its own devices. Then come the rows left over, which are sent to all processes.
 
         Args:
           batch: the rows of this process.
@@ -103,15 +110,17 @@ class BatchPlacement:
           index: the batch's number.
         """
         total = int(lengths.sum())
+        # The rows of each process that its own devices divide evenly, the same in every process.
         head = int(lengths.min()) // self._own * self._own if self._own else 0
+        # The rows left over in all processes, and how many of them the data axis divides evenly.
         rest = total - head * self._processes
         even = rest // self._count * self._count
         if self._whole and (even < rest or (head and rest)):
             raise ValueError(
                 f"data: batch {index} has {' + '.join(map(str, lengths))} examples, which the "
-                f"{self._count} devices of the mesh axis {self._axis!r} do not divide, and the "
+                f"{self._count} devices of the mesh axis {self._axis!r} do not divide evenly. The "
                 "loss says that its batches must not be cut (batch statistics). Drop the last "
-                "examples, take another batch size, or pass data_axis=None to have all examples of "
+                "examples, use another batch size, or pass data_axis=None to have all examples of "
                 "a batch on every device."
             )
         if not total:
@@ -121,12 +130,13 @@ class BatchPlacement:
         for start in range(0, head, size or 1):
             yield self._put_own(rows(batch, start, min(size, head - start)))
         if rest and self._processes > 1:
-            batch, head = gather(rows(batch, head, total), lengths - head), 0
+            batch = gather(rows(batch, head, total), lengths - head)
+            head = 0
         size = self._size or even
         for start in range(0, even, size or 1):
             yield self._put(rows(batch, head + start, min(size, even - start)), self._split)
-        # As many rows on a device as the first batch has there are known to fit. Not as the largest
-        # so far: a later pass would be cut in another way than the first.
+        # The first batch shows how many rows fit on a device. The largest batch so far would show
+        # more, but then a later pass would be cut differently from the first.
         if self._share is None:
             self._share = total // self._count or total
         share = self._share if self._size else max(self._share, (total - rest) // self._count)
@@ -134,7 +144,7 @@ class BatchPlacement:
             yield self._put(rows(batch, head + start, min(share, rest - start)), self._everywhere)
 
     def _cut_placed(self, batch: PyTree, index: int) -> Iterator[PyTree]:
-        """Arrays on devices, cut so that every device takes a part of its own rows and none travel."""
+        """Cut arrays on devices, so that each device uses only its own rows and none are sent."""
         batch = jax.tree.map(
             lambda leaf: leaf if _is_placed(leaf) else self._put(leaf, self._everywhere), batch
         )
@@ -156,26 +166,26 @@ class BatchPlacement:
             )
 
     def _put(self, batch: PyTree, sharding: Sharding | None) -> PyTree:
-        """Rows that every process has, on the devices of all."""
+        """Place rows that every process holds on the devices of all processes."""
 
         def put(leaf: Any) -> jax.Array:
             where: Any = sharding if leaf.ndim else self._everywhere
             if self._processes == 1:
                 return jax.device_put(leaf, where)
-            values = np.asarray(
-                leaf
-            )  # not device_put, which would have the processes compare their values first
+            # Not device_put: the processes would first compare their values.
+            values = np.asarray(leaf)
             return jax.make_array_from_callback(values.shape, where, lambda part: values[part])
 
         return jax.tree.map(put, batch)
 
     def _put_own(self, batch: PyTree) -> PyTree:
-        """Rows of this process, on its own devices, as a part of an array of all processes."""
+        """Place this process's rows on its own devices, as a part of an array of all processes."""
         if self._processes == 1:
             return self._put(batch, self._split)
 
         def put(leaf: Any) -> jax.Array:
-            values, shape = np.asarray(leaf), (len(leaf) * self._processes, *leaf.shape[1:])
+            values = np.asarray(leaf)
+            shape = (len(leaf) * self._processes, *leaf.shape[1:])
             return jax.make_array_from_process_local_data(self._split, values, shape)
 
         return jax.tree.map(lambda leaf: put(leaf) if leaf.ndim else self._put(leaf, None), batch)
@@ -188,30 +198,32 @@ class BatchPlacement:
                 raise ValueError(
                     f"data: batch {index}, leaf {name!r} is on {_names(leaf.sharding)}, but the "
                     f"params, or other leaves, are on {_names(wanted)}. Leave batches as NumPy "
-                    "arrays, which go where the params are, or place both on one mesh with "
+                    "arrays, which go where the params are, or place both on the same mesh with "
                     "jax.device_put."
                 )
 
     def _refuse_microbatch(self, batch: PyTree, index: int) -> None:
         if self._microbatch is not None and _common_length(batch) is None:
             raise ValueError(
-                f"microbatch={self._microbatch}, but batch {index} cannot be cut, for the lengths "
-                f"of its leaves are {leading_lengths(batch)}; expected a common one."
+                f"microbatch={self._microbatch}, but batch {index} cannot be cut, because its "
+                f"leaves have no common length: {leading_lengths(batch)}. Give them the same "
+                "leading axis, or leave microbatch out."
             )
 
 
 def _is_placed(leaf: Any) -> bool:
-    """Whether the user has said on which devices an array is to be."""
+    """Whether the user has chosen the devices of an array."""
     return isinstance(leaf, jax.Array) and getattr(leaf, "committed", True)
 
 
 def _common_length(batch: PyTree) -> int | None:
-    """The number of rows of all leaves but scalars, or None."""
+    """The number of rows that all leaves except scalars have, or None if they differ."""
     lengths = set(leading_lengths(batch).values()) - {None}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def _length(batch: PyTree) -> int:
+    """The number of rows of a batch, or `PLACED` or `RAGGED`."""
     if any(map(_is_placed, jax.tree.leaves(batch))):
         return PLACED
     length = _common_length(batch)
@@ -219,7 +231,7 @@ def _length(batch: PyTree) -> int:
 
 
 def _arrays(batch: PyTree, index: int) -> PyTree:
-    """The batch with NumPy arrays in place of lists, numbers and other libraries' tensors."""
+    """The batch with lists, numbers and other libraries' tensors turned into NumPy arrays."""
 
     def convert(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, jax.Array):
@@ -244,14 +256,14 @@ def _arrays(batch: PyTree, index: int) -> PyTree:
 
 
 def _common_sharding(params: PyTree) -> Sharding | None:
-    """Replicated on the parameters' mesh, else where they have been placed, else None."""
+    """Replicated on the parameters' mesh; without a mesh where they were placed; else None."""
     leaves = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
     shardings = [leaf.sharding for leaf in leaves if _is_placed(leaf)]
     for sharding in shardings:
         if sharding.device_set != shardings[0].device_set:
             raise ValueError(
                 f"params: some leaves are on {_names(shardings[0])}, others on {_names(sharding)}. "
-                "Place all of them on one mesh: hessdensity.distributed.place(params, mesh)."
+                "Place all of them on the same mesh: hessdensity.distributed.place(params, mesh)."
             )
     meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)]
     if meshes:
@@ -270,15 +282,17 @@ def _num_processes(mesh: Mesh) -> int:
     if 1 < len(owners) < jax.process_count():
         raise ValueError(
             f"params: their mesh has the devices of {len(owners)} of the {jax.process_count()} "
-            "processes; expected those of one process or of all: "
-            "hessdensity.distributed.make_mesh()."
+            "processes; expected the devices of one process or of all processes, such as "
+            "hessdensity.distributed.make_mesh() takes."
         )
     return len(owners)
 
 
 def _own_share(mesh: Mesh, axis: str, num_processes: int) -> int:
-    """The number of places along an axis that are this process's alone, as many in every process;
-    else 0."""
+    """The number of places along an axis at which all devices belong to this process.
+
+    It is 0 unless every process has the same number of them, an equal share of the axis.
+    """
     places = np.moveaxis(mesh.devices, mesh.axis_names.index(axis), 0).reshape(mesh.shape[axis], -1)
     owners = [{device.process_index for device in place} for place in places]
     counts = {process: owners.count({process}) for process in set().union(*owners)}
@@ -290,12 +304,13 @@ def _own_share(mesh: Mesh, axis: str, num_processes: int) -> int:
 
 
 def _own_rows(leaf: jax.Array, own: int, start: int, stop: int) -> jax.Array:
+    """Rows ``start`` to ``stop`` among the ``own`` rows of every device; scalars stay."""
     return _cut_rows(leaf.sharding, own, stop - start)(leaf, start) if leaf.ndim else leaf
 
 
 @functools.lru_cache
 def _cut_rows(sharding: Sharding, own: int, length: int) -> Any:
-    """A function of an array and a start: in each run of ``own`` rows, ``length`` of them."""
+    """A compiled function (array, start) that takes ``length`` rows from each ``own`` rows."""
 
     def cut(leaf: jax.Array, start: jax.Array) -> jax.Array:
         runs = leaf.reshape(-1, own, *leaf.shape[1:])

@@ -1,5 +1,7 @@
-"""What several processes say to each other of their batches: each reads its own rows, and together
-they are a batch."""
+"""Agreement of several processes on the lengths of their batches.
+
+Each process reads its own rows. The rows of all processes together are a batch.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,7 @@ import numpy as np
 from hessdensity.vectors.trees import PyTree
 
 ENDED, PLACED, RAGGED = -1, -2, -3
-"""In place of a length: no more batches; arrays that the user has placed; leaves of different
-lengths."""
+"""Values in place of a length: no more batches, placed arrays, leaves of unequal length."""
 
 _SAID = {
     ENDED: "no batch",
@@ -25,11 +26,13 @@ _SAID = {
 
 
 class ProcessBatches:
-    """The lengths of all processes' batches: said in the first pass, relied on in later ones, where
-    none waits for it.
+    """The lengths of all processes' batches.
+
+    The processes exchange the lengths in the first pass. In later passes they rely on them, so that
+    no process waits for this exchange.
 
     Args:
-      measure: the length of a batch, `PLACED` or `RAGGED`.
+      measure: returns the length of a batch, or `PLACED` or `RAGGED`.
     """
 
     def __init__(self, measure: Callable[[PyTree], int]) -> None:
@@ -37,12 +40,14 @@ class ProcessBatches:
         self._said: list[np.ndarray] = []
 
     def batches(self, own: Iterator[PyTree]) -> Iterator[tuple[PyTree, np.ndarray]]:
-        """(own batch, lengths of all processes'), until none has any; who has ended goes on with
-        empty batches.
+        """Yield this process's batch and the lengths of all processes' batches, until all end.
 
-        Raises (in all processes):
-          ValueError: a process without any batch; batches that cannot be joined. Names the process.
-          RuntimeError: (in the process itself) another length than in the first pass.
+        A process whose batches have ended continues with empty batches.
+
+        Raises:
+          ValueError (in all processes): a process has no batch, or its batches cannot be joined
+            with those of the others. The message names the process.
+          RuntimeError (in the process concerned): a batch's length differs from the first pass.
         """
         batch: PyTree = None
         for index in itertools.count():
@@ -63,14 +68,14 @@ class ProcessBatches:
         before = self._said[index][me]
         if length != before:
             raise RuntimeError(
-                f"data: batch {index} of process {me} is {_name(length)}, in the first pass "
-                f"{_name(before)}. The operator would not be one matrix, and the processes rely on "
-                "these lengths: fix subset and order."
+                f"data: process {me}, batch {index}: {_name(length)}, but {_name(before)} in the "
+                "first pass. All products must use the same data, and the other processes rely on "
+                "these lengths. Fix the subset of examples and their order."
             )
 
 
 def rows(batch: PyTree, start: int, length: int) -> PyTree:
-    """Examples ``start`` to ``start + length``; scalars stay."""
+    """Examples ``start`` to ``start + length`` of a batch; scalars stay."""
 
     def cut(leaf: Any) -> Any:
         whole = not leaf.ndim or (start == 0 and length >= len(leaf))
@@ -80,7 +85,7 @@ def rows(batch: PyTree, start: int, length: int) -> PyTree:
 
 
 def gather(batch: PyTree, lengths: np.ndarray) -> PyTree:
-    """The rows of all processes, one after the other, on the host of each."""
+    """The rows of all processes, in the order of the processes, on the host of each."""
     from jax.experimental import multihost_utils
 
     longest = int(lengths.max())
@@ -98,39 +103,41 @@ def gather(batch: PyTree, lengths: np.ndarray) -> PyTree:
 
 
 def _exchange(length: int, batch: PyTree, index: int) -> np.ndarray:
+    """The lengths of a batch in all processes, after checking that its parts can be joined."""
     from jax.experimental import multihost_utils
 
-    said = multihost_utils.process_allgather(
+    gathered = multihost_utils.process_allgather(
         np.array([length, 0 if length == PLACED else _signature(batch)], np.int32)
     )
-    lengths, signatures = said.T
+    lengths, signatures = gathered.T
     for process, (other, signature) in enumerate(zip(lengths, signatures, strict=True)):
         where = f"data: process {process} of {len(lengths)}, batch {index}: {_name(other)}"
         if index == 0 and other == ENDED and np.any(lengths != ENDED):
             raise ValueError(
-                f"{where}; expected at least one in each process, uneven as they may be. Deal the "
-                "data out anew, or start fewer processes."
+                f"{where}; expected at least one in each process. Distribute the data differently, "
+                "or start fewer processes. The processes may have different numbers of batches."
             )
         if other == RAGGED:
             raise ValueError(
-                f"{where}, which cannot be joined with the other processes' rows. Repair the "
-                "batch, or place its leaves as jax.Arrays on the mesh."
+                f"{where}, which cannot be joined with the other processes' rows. Give all leaves "
+                "the same length, or place them as jax.Arrays on the mesh."
             )
         if (other == PLACED) != (lengths[0] == PLACED):
             raise ValueError(
                 f"{where}, but {_name(lengths[0])} in process 0. Give host arrays in all "
-                "processes, or arrays placed on the mesh in all, and then as many."
+                "processes, or arrays placed on the mesh in all processes. Placed batches must be "
+                "equally many in each."
             )
         if signature != signatures[0] and other != PLACED:
             raise ValueError(
-                f"{where}, with other leaves, dtypes, shapes behind the leading axis or scalars "
-                "than in process 0. Expected batches that differ in their rows alone."
+                f"{where}, with other leaves, dtypes, scalars or shapes after the leading axis "
+                "than in process 0. Expected batches that differ only in their rows."
             )
     return lengths
 
 
 def _signature(batch: PyTree) -> int:
-    """A hash of all that must not differ between the processes."""
+    """A hash of everything except the rows, which must be the same in all processes."""
     leaves = jax.tree.leaves(batch)
     kinds = [
         (str(leaf.dtype), leaf.shape[1:] if leaf.ndim else np.asarray(leaf).tobytes())

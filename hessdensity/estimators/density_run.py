@@ -1,4 +1,4 @@
-"""A spectral density under way: Lanczos runs that can be stopped after every step."""
+"""The Lanczos recurrences of a spectral density, which can be stopped after every step."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from hessdensity.vectors.random import random_block
 
 from .settings import DensitySettings
 
-_DEFLATION = 2**31  # the number of its start vector, which no probe ever has
+_DEFLATION = 2**31  # the number of the deflation's start vector, which no probe ever has
 
 
 class DensityRun:
-    """The recurrences of a spectral density: one of the deflation, and groups of probes.
+    """The recurrences of a spectral density: one for deflation, and those of groups of probes.
 
     Args:
-      run: drives them.
-      key: decides the start vectors.
+      run: drives the recurrences.
+      key: the random key of the start vectors.
       settings: the settings of the call.
       layout: where the bases are kept.
     """
@@ -33,21 +33,26 @@ class DensityRun:
     def __init__(
         self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
     ) -> None:
-        self._run, self._key, self._layout = run, key, layout
-        self._dimension, self._like = run.dimension, run.operator.like
+        self._run = run
+        self._key = key
+        self._layout = layout
+        self._dimension = run.dimension
+        self._like = run.operator.like
         self._implicit = layout.basis == "none" and settings.deflation_steps > 0
-        self._num_steps, self._deflation_steps = settings.num_steps, settings.deflation_steps
+        self._num_steps = settings.num_steps
+        self._deflation_steps = settings.deflation_steps
         if layout.basis == "none":
-            self._num_steps, self._deflation_steps = settings.steps_without_basis, 0
-        # Groups whose memory the next one takes cannot continue later. Without bases nothing is in
-        # the way.
+            self._num_steps = settings.steps_without_basis
+            self._deflation_steps = 0
+        # A group cannot continue later if the next group has taken its memory. Without bases, every
+        # group keeps its vectors and can continue.
         self._take_turns = layout.basis != "none" and layout.probes_at_once < settings.num_probes
         self._planned = layout.num_matvecs
         self._deflation: LanczosEngine | None = None
         self._groups: list[LanczosEngine] = []  # probes that go through the data together
 
     def deflate(self) -> None:
-        """Do the run whose basis the probes avoid."""
+        """Do the deflation run. The probes stay orthogonal to its basis."""
         if self._deflation_steps:
             start = random_block(self._key, _DEFLATION, 1, self._like)
             storage = self._layout.basis
@@ -56,7 +61,7 @@ class DensityRun:
             self._advance(self._deflation)
 
     def add_probes(self, more: int) -> None:
-        """Do ``more`` further probes, as many at once as the memory is planned for."""
+        """Do ``more`` further probes, as many together as the memory was planned for."""
         while more > 0:
             if self._groups and self._take_turns:
                 last = self._groups[-1]
@@ -66,8 +71,9 @@ class DensityRun:
             more -= together
 
     def _add_group(self, together: int) -> None:
-        """Do probes that go through the data together."""
-        deflated, norm = None, 0.0
+        """Do one group of probes, which go through the data together."""
+        deflated = None
+        norm = 0.0
         if self._deflation is not None:
             state = self._deflation.state
             (run,) = tridiagonals(state)
@@ -92,14 +98,14 @@ class DensityRun:
             pass
 
     def refine(self, tolerance: float, max_matvecs: int | None) -> None:
-        """Add probes, or steps to all probes, whichever error is larger, until it is small."""
+        """Add probes or steps of all probes, against the larger error, until the error is small."""
         limit = 10 * self._planned if max_matvecs is None else max_matvecs
         while (error := self.accuracy()).total > tolerance:
             probes = sum(len(group.state.diagonal) for group in self._groups)
             more_probes = error.probes >= error.quadrature
             if more_probes:
-                # The noise falls as 1/sqrt(k): as many probes as bring it to what is left for it,
-                # at most twice as many.
+                # The noise falls as 1/sqrt(k). Add as many probes as bring it down to the part of
+                # the tolerance that is left for it, but at most double their number.
                 left = max(tolerance - error.quadrature - error.coupling, tolerance / 2)
                 wanted = np.ceil(probes * (error.probes / left) ** 2) - probes
                 more = int(np.clip(wanted, 1, probes))
@@ -126,30 +132,30 @@ class DensityRun:
         cost: int,
         limit: int,
     ) -> str | None:
-        """Why the tolerance cannot be reached, if it cannot."""
+        """The reason why the tolerance cannot be reached, or None."""
         if self._take_turns and not more_probes:
             return (
-                "more steps need the bases of all probes; begin with more num_steps, or with "
-                "probes_at_once"
+                "more steps need the bases of all probes; start with a larger num_steps, or a "
+                "larger probes_at_once"
             )
         if error.coupling >= tolerance:
             return (
-                f"{error.coupling:.2g} of it is deflation's coupling; begin with more "
-                "deflation_steps, or 0"
+                f"{error.coupling:.2g} of it is the coupling of deflation; start with a larger "
+                "deflation_steps, or with 0"
             )
         if self._run.num_matvecs + cost > limit:
-            return f"max_matvecs={limit} allow no more"
+            return f"max_matvecs={limit} allows no more products"
         return None
 
     def _lengthen(self, more: int) -> None:
-        """Bring every group to more steps, one group after the other."""
+        """Add ``more`` steps to all probes, one group after the other."""
         self._num_steps += more
         for group in self._groups:
             group.state = lanczos.extend(group.state, self._num_steps)
             self._advance(group)
 
     def _parts(self) -> tuple[Tridiagonal | None, list[Tridiagonal]]:
-        """The tridiagonal matrices as far as they go: of the deflation, and of the probes."""
+        """The tridiagonal matrices of the steps so far: of the deflation, and of the probes."""
         run = None
         if self._deflation is not None and self._deflation.state.diagonal.size:
             (run,) = tridiagonals(self._deflation.state)
@@ -161,9 +167,10 @@ class DensityRun:
         return accuracy.estimate(*self._parts(), self._dimension, implicit=self._implicit)
 
     def answer(self, keep_eigenspace: bool = False) -> SpectralDensity:
-        """The density that the products done so far give."""
+        """The density from the products done so far."""
         run, probes = self._parts()
-        error, steps = self.accuracy(), run.diagonal.size if run else 0
+        error = self.accuracy()
+        steps = run.diagonal.size if run else 0
         description = self._run.describe(
             num_steps=max((probe.diagonal.size for probe in probes), default=0),
             num_probes=len(probes),
@@ -182,9 +189,10 @@ class DensityRun:
         )
 
     def _eigenspace(self) -> Eigenspace:
-        """The Ritz pairs of the deflation, descending."""
-        assert self._deflation is not None and self._deflation.state.basis is not None
+        """The Ritz pairs of the deflation, in descending order."""
+        assert self._deflation is not None
         state = self._deflation.state
+        assert state.basis is not None
         (run,) = tridiagonals(state)
         values, vectors = run.eigh()
         residuals = run.residuals(vectors)

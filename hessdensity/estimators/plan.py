@@ -1,4 +1,4 @@
-"""What a computation will take: memory, products, passes, time; and what fits."""
+"""Plans of computations: the memory, products, passes and time that they will take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from hessdensity.operators.protocol import Operator, check
 from hessdensity.runs.memory import Free, free_memory
-from hessdensity.runs.plan import Plan, activation_bytes, plan_from_sizes, time_product
+from hessdensity.runs.plan import Plan, Settings, activation_bytes, plan_from_sizes, time_product
 
 from . import settings as all_settings
 
@@ -23,33 +23,33 @@ def plan(
     timed: bool = True,
     **settings: Any,
 ) -> Plan:
-    """What a computation will take with the same settings: memory, products, passes and time.
+    """Plan a computation with its settings: the memory, products, passes and time it will take.
 
-    For each weight, a float32 basis of a spectral density takes 4 (m0 + k m) bytes with all k
-    probes side by side, in m0 + m passes over the data, and 4 (m0 + m) with one after the other, in
-    m0 + k m passes. It is spread over the devices as the weights are.
+    For each weight, a float32 basis of a spectral density takes 4 (m0 + k m) bytes if all k probes
+    run together, in m0 + m passes over the data. If one probe runs after the other, it takes
+    4 (m0 + m) bytes, in m0 + k m passes. The basis is spread over the devices as the weights are.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Its vectors may be
         abstract, with shardings (``jax.ShapeDtypeStruct``), if ``timed`` is False.
       computation: ``"spectral_density"``, ``"top_eigenspace"``, ``"spectral_measure"``,
-        ``"part_densities"`` or ``"trace"``. A `track` takes what `spectral_density` and
-        `top_eigenspace` take, one after the other, and the last eigenvectors.
-      device_bytes: memory for vectors, basis and activations on a device; nine tenths of what is
-        free now by default.
-      host_bytes: the host's memory for each of its devices; likewise.
-      timed: time one product, after one that compiles it.
-      settings: those of the computation, such as ``num_steps=30`` or ``rank=10``.
+        ``"part_densities"`` or ``"trace"``. A `track` takes the memory of `spectral_density` and of
+        `top_eigenspace`, one after the other, and that of the last eigenvectors.
+      device_bytes: memory for vectors, basis and activations on one device. The default is nine
+        tenths of the memory that is free now.
+      host_bytes: memory of the host for each of its devices, with the same default.
+      timed: whether to time one product, after another one that compiles it.
+      settings: settings of the computation, such as ``num_steps=30`` or ``rank=10``.
 
     Returns:
       `Plan`.
 
     Raises:
-      TypeError: ``operator`` lacks ``like`` or ``@``; a setting that the computation does not have.
-      ValueError: an unknown computation, or a setting outside its range.
+      TypeError: ``operator`` lacks ``like`` or ``@``, or a setting is unknown or missing.
+      ValueError: the computation is unknown, or a setting is out of range.
 
-    Cost: two products with one vector; none without ``timed``. A `Hessian`'s program is compiled
-    for the activations. In several processes all of them must call.
+    Cost: two products with one vector, or none if ``timed`` is False. The program of a `Hessian` is
+    compiled to measure its activations. With several processes, all of them must call.
 
     Example:
       >>> import jax, numpy as np, hessdensity as hd
@@ -62,7 +62,7 @@ def plan(
     """
     n = check(operator)
     chosen = _settings_of(computation, settings)
-    chosen.layouts(n, 1, 0)  # refuses sizes that do not go with n, before anything is measured
+    chosen.layouts(n, 1, 0)  # refuses sizes that do not fit n, before anything is measured
     free = free_memory(operator.like)
     if device_bytes is not None or host_bytes is not None:
         free = Free(
@@ -71,10 +71,10 @@ def plan(
         )
     activations = activation_bytes(operator, chosen.num_vectors)
     seconds = time_product(operator) if timed else None
-    return plan_from_sizes(computation, operator, chosen.layouts, free, activations, seconds)
+    return plan_from_sizes(operator, chosen, free, activations, seconds)
 
 
-def _settings_of(computation: str, settings: dict[str, Any]) -> Any:
+def _settings_of(computation: str, settings: dict[str, Any]) -> Settings:
     if computation not in _COMPUTATIONS:
         raise ValueError(
             f"computation={computation!r}, expected one of {', '.join(map(repr, _COMPUTATIONS))}."
@@ -89,5 +89,5 @@ def _settings_of(computation: str, settings: dict[str, Any]) -> Any:
     unknown = [name for name in settings if name not in fields]
     if unknown or required:
         problem = f"{unknown[0]}= is unknown" if unknown else f"{required[0]}= is missing"
-        raise TypeError(f"plan of {computation}: {problem}; its settings are {', '.join(fields)}.")
+        raise TypeError(f"plan of {computation}: {problem}. Its settings are {', '.join(fields)}.")
     return chosen(**settings)

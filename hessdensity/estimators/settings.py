@@ -1,25 +1,28 @@
-"""The settings of every computation: the only place where a default stands.
+"""The settings of every computation, which are the only place where a default stands.
 
-Each is checked when it is made, and says how much memory its computation can take.
+Settings are checked when they are made. They know how much memory their computation can take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from hessdensity.operators.protocol import check_count
-from hessdensity.runs.plan import MemoryLayout
+from hessdensity.runs.plan import MemoryLayout, Settings
 from hessdensity.vectors.basis import CHUNK, STORAGES
 
-_SMALL = 1000  # dimensions: all the basis there can be takes some megabytes, without a restart
-_WORKING = 4  # vectors of a probe beside the basis: the last two, the product, the sum it joins
+# Up to this dimension, a basis of the whole space takes only megabytes and never has to restart.
+_SMALL = 1000
+
+# Vectors of a probe beside the basis: the last two, a product, and the sum over the batches.
+_WORKING = 4
 
 
 @dataclass(frozen=True)
-class DensitySettings:
-    """Of `spectral_density`, which documents them."""
+class DensitySettings(Settings):
+    """The settings of `spectral_density`, which documents them."""
 
     computation: ClassVar[str] = "spectral_density"
 
@@ -38,37 +41,48 @@ class DensitySettings:
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(
                 f"tolerance={self.tolerance}, expected a W1 distance over the spectrum's range, "
-                "such as 1e-4."
+                "between 0 and 1, such as 1e-4."
             )
         if self.max_matvecs is not None:
             if self.tolerance is None:
                 raise ValueError(
-                    "max_matvecs is given without tolerance=; the settings fix the number of "
-                    "products then."
+                    "max_matvecs is given without tolerance=. The numbers of steps and probes then "
+                    "fix the number of products: leave max_matvecs out, or give a tolerance."
                 )
             check_count("max_matvecs", self.max_matvecs)
         if self.basis not in (None, *STORAGES):
             raise ValueError(
-                f"basis={self.basis!r}, expected 'device', 'host', 'none', or None for what fits."
+                f"basis={self.basis!r}, expected 'device', 'host', 'none', or None for the first "
+                "that fits."
             )
         if self.probes_at_once is not None:
             check_count("probes_at_once", self.probes_at_once)
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in a product."""
+        """The number of vectors in a product."""
         return self.num_probes
+
+    def everywhere(self) -> DensitySettings:
+        """The same settings, with every place for the bases allowed."""
+        return replace(self, basis=None, probes_at_once=None)
+
+    def identity(self) -> dict[str, Any]:
+        """All settings except where the bases are kept, which does not change the steps."""
+        kept = super().identity()
+        del kept["basis"], kept["probes_at_once"]
+        return kept
 
     @property
     def steps_without_basis(self) -> int:
-        """Steps of a probe without a basis: there is no deflation run, and probes share its steps."""
+        """Steps of a probe without a basis. The probes share the steps of a deflation run."""
         return self.num_steps + -(-self.deflation_steps // self.num_probes)
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The ways to keep the bases that these settings allow.
+        """The ways to keep the bases that these settings allow, in order of preference.
 
-        The host comes before groups: a step moves the basis once, which takes seconds where a pass
-        over the data takes minutes.
+        The host comes before smaller groups of probes. With the host, each step moves the basis
+        once, which takes seconds where one more pass over the data takes minutes.
         """
         k = self.num_probes
         groups = sorted({-(-k // parts) for parts in range(1, k + 1)}, reverse=True)
@@ -86,7 +100,8 @@ class DensitySettings:
         m0 = min(self.deflation_steps, n)
         m = min(self.num_steps, n - m0)
         if storage == "none":
-            m0, m = 0, min(self.steps_without_basis, n)
+            m0 = 0
+            m = min(self.steps_without_basis, n)
         turns = -(-self.num_probes // at_once)
         on_device, on_host = _vectors_kept(storage, at_once, m0, m)
         return MemoryLayout(
@@ -101,25 +116,32 @@ class DensitySettings:
 
 def _vectors_kept(storage: str, k: int, m0: int, m: int) -> tuple[int, int]:
     """(vectors on the device at the peak, vectors on the host), in whole chunks."""
-    first, each = _whole(m0), _whole(m)
+    first = _whole(m0)
+    each = _whole(m)
     if storage == "device":
         return first + k * each + _WORKING * k, 0
     if storage == "none":
         return _WORKING * k, 0
-    # Of every basis the last chunk stays on the device, and one chunk at a time comes to it.
+    # The last chunk of every basis stays on the device, and one other chunk at a time is moved
+    # there.
     on_device = CHUNK * (bool(m0) + 2 * k) + _WORKING * k
     return on_device, max(first - CHUNK, 0) + k * max(each - CHUNK, 0)
 
 
 def _whole(steps: int) -> int:
+    """The number of vectors in as many whole chunks as the steps need."""
     return -(-steps // CHUNK) * CHUNK
 
 
 @dataclass(frozen=True)
-class EigenspaceSettings:
-    """Of `top_eigenspace`, which documents them."""
+class EigenspaceSettings(Settings):
+    """The settings of `top_eigenspace`, which documents them."""
 
     computation: ClassVar[str] = "top_eigenspace"
+    hint: ClassVar[str] = (
+        "A smaller basis_size (at least rank + 3 block_size), block_size or rank needs less memory "
+        "on a device. More devices help, too."
+    )
 
     rank: int
     which: str = "LM"
@@ -139,24 +161,25 @@ class EigenspaceSettings:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in a product."""
+        """The number of vectors in a product."""
         return self.block_size
 
-    def sizes(self, n: int) -> tuple[int, int, int]:
-        """(block_size, basis_size, max_matvecs) for dimension n, defaults filled in.
+    def resolved(self, n: int) -> EigenspaceSettings:
+        """The settings for dimension n, with every default filled in.
 
         Raises:
-          ValueError: a size is too small, or the rank too large.
+          ValueError: a size is too small, or the rank is too large.
         """
         check_count("rank", self.rank, 1, n)
-        block_size, basis_size = min(self.block_size, n), self.basis_size
+        block_size = min(self.block_size, n)
+        basis_size = self.basis_size
         if basis_size is None:
             basis_size = n if n <= _SMALL else 3 * self.rank + 4 * block_size
         least = self.rank + 3 * block_size
         if basis_size < min(least, n):
             raise ValueError(
-                f"basis_size={basis_size!r}, expected at least rank + 3 block_size = {least}: the "
-                "pairs wanted, a block to be multiplied, its products and a fresh block."
+                f"basis_size={basis_size!r}, expected at least rank + 3 block_size = {least}, for "
+                "the wanted pairs, a block to multiply, its products and a fresh block."
             )
         max_matvecs = self.max_matvecs
         if max_matvecs is None:
@@ -164,21 +187,24 @@ class EigenspaceSettings:
         if max_matvecs < self.rank + block_size:
             raise ValueError(
                 f"max_matvecs={max_matvecs!r}, expected at least rank + block_size = "
-                f"{self.rank + block_size}: fewer products give fewer pairs."
+                f"{self.rank + block_size}, because fewer products give fewer pairs."
             )
-        return block_size, basis_size, max_matvecs
+        return replace(self, block_size=block_size, basis_size=basis_size, max_matvecs=max_matvecs)
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The basis, at a restart half as much again, the pairs and a few blocks."""
-        block_size, basis_size, most = self.sizes(n)
-        vectors = self.rank + basis_size * 3 // 2 + _WORKING * block_size
+        """The only layout: the basis, half as much again at a restart, pairs and a few blocks."""
+        known = self.resolved(n)
+        assert known.basis_size is not None
+        assert known.max_matvecs is not None
+        vectors = known.rank + known.basis_size * 3 // 2 + _WORKING * known.block_size
         size = vectors * vector_bytes + activations
-        return [MemoryLayout("device", block_size, -(-most // block_size), most, size)]
+        passes = -(-known.max_matvecs // known.block_size)
+        return [MemoryLayout("device", known.block_size, passes, known.max_matvecs, size)]
 
 
 @dataclass(frozen=True)
-class MeasureSettings:
-    """Of `spectral_measure`, which documents them."""
+class MeasureSettings(Settings):
+    """The settings of `spectral_measure`, which documents them."""
 
     computation: ClassVar[str] = "spectral_measure"
 
@@ -187,21 +213,16 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
 
-    @property
-    def num_vectors(self) -> int:
-        """Vectors in a product."""
-        return 1
-
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The basis on the device."""
+        """The only layout: the basis on the device."""
         m = min(self.num_steps, n)
         size = (_whole(m) + _WORKING) * vector_bytes + activations
         return [MemoryLayout("device", 1, m, m, size)]
 
 
 @dataclass(frozen=True)
-class PartSettings:
-    """Of `part_densities`, which documents them."""
+class PartSettings(Settings):
+    """The settings of `part_densities`, which documents them."""
 
     computation: ClassVar[str] = "part_densities"
 
@@ -216,19 +237,20 @@ class PartSettings:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in a product with one batch."""
+        """The number of vectors in a product with one batch."""
         return self.num_probes
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The bases of all parts on the device."""
-        m, all_probes = min(self.num_steps, n), self.num_parts * self.num_probes
+        """The only layout: the bases of all parts on the device."""
+        m = min(self.num_steps, n)
+        all_probes = self.num_parts * self.num_probes
         size = all_probes * (_whole(m) + _WORKING) * vector_bytes + activations
         return [MemoryLayout("device", all_probes, m, self.num_probes * m, size)]
 
 
 @dataclass(frozen=True)
-class TraceSettings:
-    """Of `trace`, which documents them."""
+class TraceSettings(Settings):
+    """The settings of `trace`, which documents them."""
 
     computation: ClassVar[str] = "trace"
 
@@ -242,18 +264,19 @@ class TraceSettings:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in a product."""
+        """The number of vectors in a product."""
         return self.block_size
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """A basis of the products; where semidefinite, the test vectors too."""
-        products, b = min(self.num_matvecs, n), self.block_size
+        """The only layout: a basis of the products, and the test vectors if ``semidefinite``."""
+        products = min(self.num_matvecs, n)
+        b = self.block_size
         kept = 2 * _whole(products) if self.semidefinite else _whole(products // 2)
         size = (kept + _WORKING * b) * vector_bytes + activations
         return [MemoryLayout("device", b, -(-products // b), products, size)]
 
 
-ALL: Sequence[Any] = (
+ALL: Sequence[type[Settings]] = (
     DensitySettings,
     EigenspaceSettings,
     MeasureSettings,

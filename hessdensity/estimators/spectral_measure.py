@@ -1,4 +1,4 @@
-"""Where one vector lies in the spectrum: Lanczos quadrature from that vector."""
+"""The distribution of one vector over the spectrum, by Lanczos quadrature from that vector."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from hessdensity.krylov import lanczos
 from hessdensity.krylov.lanczos import LanczosEngine
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.memory import free_memory
-from hessdensity.runs.plan import plan_from_sizes
 from hessdensity.runs.run import Run
 from hessdensity.spectra.measure import SpectralMeasure
 from hessdensity.spectra.quadrature import gauss_rule
@@ -28,52 +26,49 @@ def spectral_measure(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> SpectralMeasure:
-    """How a vector g is distributed over the spectrum: sum over i of (q_i.g)^2 / |g|^2 delta(t -
-    lambda_i).
+    """Compute how a vector g is distributed over the spectrum, by Lanczos quadrature.
 
-    The gradient's whole concentration, without any eigenvector: num_steps of Lanczos from g give
-    the Gauss rule of this measure (Golub and Meurant 2010). Nothing in it is random: ``cdf(x)`` is
-    the share of |g|^2 in directions of eigenvalues up to x, ``mass(low, high)`` that in between
-    with bounds that hold for certain, ``moment(1)`` the Rayleigh quotient g.Hg / g.g.
+    The measure is sum over i of (q_i.g)^2 / |g|^2 delta(t - lambda_i). num_steps Lanczos steps from
+    g give its Gauss rule (Golub and Meurant 2010). For a gradient, this is its concentration over
+    the whole spectrum, without any eigenvector. Nothing in it is random: ``cdf(x)`` is the share of
+    |g|^2 in directions with eigenvalues up to x, ``mass(low, high)`` is the share in between, with
+    certain bounds, and ``moment(1)`` is the Rayleigh quotient g.Hg / g.g.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`.
-      vector: like ``operator.like``, of any length.
-      num_steps: Lanczos steps m, clipped to n: m nodes, exact for moments up to 2m - 1.
-      checkpoint: a folder. Every step is saved there, and a later call with the same arguments
+      vector: g, with the structure and shapes of ``operator.like``. Its length does not matter.
+      num_steps: Lanczos steps m, clipped to n. They give m nodes, exact for moments up to 2m - 1.
+      checkpoint: a folder in which every step is saved. Calling again with the same arguments
         resumes the run, as for `spectral_density`.
       progress: show a bar of products done on standard error.
 
     Returns:
-      `SpectralMeasure`: standard errors are zero, ``lower`` and ``upper`` hold
-      the quadrature's error. It plots beside the density of eigenvalues. After Ctrl-C the one that
-      the steps done so far give: ``description["stopped"]`` says so.
+      `SpectralMeasure`. Its standard errors are zero, and ``lower`` and ``upper`` include the error
+      of quadrature. It can be plotted beside the density of eigenvalues. After Ctrl-C it is the
+      measure from the steps done so far, and ``description["stopped"]`` says so.
 
     Raises:
-      ValueError: another structure or shape than ``operator.like``; a vector that is zero or not
-        finite; num_steps < 1; the operator turns out not to be symmetric.
-      NonFiniteProductError: a product is not finite; its ``partial`` is the measure from the steps
-        before, if any.
+      ValueError: ``vector`` has another structure or shape than ``operator.like``, or it is zero or
+        not finite. Or ``num_steps`` is below 1, or the operator turns out not to be symmetric.
+      NonFiniteProductError: a product is not finite. ``partial`` is the measure from the steps
+        before, if there are any.
 
     Cost: num_steps products, each a pass over the data. Memory: num_steps + 4 vectors.
 
     Example:
-      >>> import hessdensity as hd
-      >>> measure = spectral_measure(hd.Matrix(np.diag([1.0, 2.0, 9.0])), np.array([3.0, 0.0, 4.0]), progress=False)
-      >>> print(f"{measure.cdf(5.0).value:.2f} of the square at 1, Rayleigh quotient {measure.moment(1).value:.2f}")
+      >>> import numpy as np, hessdensity as hd
+      >>> operator = hd.Matrix(np.diag([1.0, 2.0, 9.0]))
+      >>> measure = spectral_measure(operator, np.array([3.0, 0.0, 4.0]), progress=False)
+      >>> share, quotient = measure.cdf(5.0).value, measure.moment(1).value
+      >>> print(f"{share:.2f} of the square at 1, Rayleigh quotient {quotient:.2f}")
       0.36 of the square at 1, Rayleigh quotient 6.12
     """
     dimension = check(operator)
     settings = MeasureSettings(num_steps)
     direction, norm = unit(vector, operator.like, "vector")
 
-    def table() -> str:
-        free = free_memory(operator.like)
-        return str(plan_from_sizes(settings.computation, operator, settings.layouts, free))
-
-    kept = {"num_steps": num_steps, "vector": fingerprint(vector)}
-    options = {"checkpoint": checkpoint, "progress": progress}
-    run = Run(settings.computation, operator, kept, table=table, **options)
+    others = {"vector": fingerprint(vector)}
+    run = Run(operator, settings, others=others, checkpoint=checkpoint, progress=progress)
     engine = LanczosEngine(lanczos.init(direction, num_steps))
     run.bar.total = engine.state.num_steps
 

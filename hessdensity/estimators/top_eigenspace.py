@@ -1,4 +1,4 @@
-"""The top of a spectrum: restarted block Lanczos, with the residual of every pair."""
+"""The top of a spectrum, by restarted block Lanczos, with the residual of every pair."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import numpy as np
 
 from hessdensity.krylov.restarted import RestartedLanczos
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.memory import free_memory
-from hessdensity.runs.plan import plan_from_sizes
-from hessdensity.runs.run import Run, key_data
+from hessdensity.runs.run import Run
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.vectors import trees
 from hessdensity.vectors.fingerprint import fingerprint
@@ -37,103 +35,99 @@ def top_eigenspace(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Eigenspace:
-    """Eigenpairs at an end of the spectrum, by block Lanczos with thick restarts.
+    """Compute eigenpairs at an end of the spectrum, by block Lanczos with thick restarts.
 
-    A block of vectors goes through the data together; its products extend an orthonormal basis, and
-    the eigenpairs of the operator's compression to it are the answer once their residuals ||H q -
-    lambda q|| are small: true residuals, of the products as they were, at no further cost. A full
-    basis is cut down to the best pairs.
+    A block of vectors goes through the data together, and its products extend an orthonormal basis.
+    The result is the eigenpairs of the operator's compression to this basis, once their residuals
+    ||H q - lambda q|| are small. These are true residuals of the computed products, and they cost
+    no further products. A full basis is cut down to the best pairs.
 
-    Eigenvalues of multiplicity up to ``block_size - 1`` are found with all their copies. Where as
-    many copies are found as the block has vectors (with block_size=1: always) there may be more,
-    invisible from where the block started: then a fresh random block, orthogonal to all that was
-    found, is followed for a few steps, and the run goes on if a new eigenvalue enters there. That
-    is cheap (two steps where nothing is near) and may miss a copy of what is hardly larger than the
-    smallest eigenvalue wanted: with block_size=1, on a trained network's spectrum, a second copy
-    was found in 60 runs of 60 from twice as large on, in 18 of 20 at 1.6 times, in 10 of 20 at 1.3
+    Eigenvalues of multiplicity up to ``block_size - 1`` are found with all of their copies. If as
+    many copies are found as the block has vectors (with block_size=1 this is always so), there may
+    be more copies, which cannot be seen from the first block. The run then follows a fresh random
+    block, orthogonal to everything that was found, for a few steps. It continues if a new
+    eigenvalue enters there. This search is cheap (two steps where no eigenvalue is near), but it
+    may miss a copy of an eigenvalue that is hardly larger than the smallest one wanted. With
+    block_size=1, on the spectrum of a trained network, a second copy was found in 60 of 60 runs if
+    the eigenvalue was at least twice as large, in 18 of 20 at 1.6 times, and in 10 of 20 at 1.3
     times.
 
     Args:
-      operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Symmetric.
-      key: JAX random key of the start.
-      rank: number of eigenpairs wanted, 1 to n.
-      which: ``"LM"`` the largest in magnitude, ``"LA"`` the algebraically largest, ``"SA"`` the
-        smallest.
+      operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. It must be
+        symmetric.
+      key: JAX random key, for the start of the run.
+      rank: number of eigenpairs to find, 1 to n.
+      which: ``"LM"`` for the largest in magnitude, ``"LA"`` for the algebraically largest, ``"SA"``
+        for the algebraically smallest.
       tolerance: a pair has converged when its residual is at most tolerance x max|lambda|. The
-        eigenvalue is then off by far less, about residual^2 over the distance to its neighbors.
-      block_size: vectors a pass over the data. Large ones need fewer passes and more products.
-      basis_size: vectors that the basis may hold (default 3 rank + 4 block_size, or n up to n =
-        1,000); fewer need more products. Each multiple eigenvalue found by a fresh start may add a
-        block to it.
-      max_matvecs: products after which what is there is returned (default 100 rank, at least
-        1,000).
-      start: an `Eigenspace` of a similar operator, such as the last checkpoint's, or a block of
-        vectors: random combinations of it start the run. One vector of the block remains random,
-        for what is new.
-      checkpoint: a folder. Every step is saved there, and a later call with the same arguments goes
-        on from it, as for `spectral_density`.
+        error of the eigenvalue is then far smaller, about residual^2 divided by the distance to its
+        neighbors.
+      block_size: number of vectors in a pass over the data. Larger blocks need fewer passes and
+        more products.
+      basis_size: largest number of vectors in the basis. A smaller basis needs more products. The
+        default is 3 rank + 4 block_size, or n if n is at most 1,000. Each multiple eigenvalue that
+        a fresh block finds may add a block to the basis.
+      max_matvecs: number of products after which the run returns the pairs as they are then. The
+        default is 100 rank, but at least 1,000.
+      start: an `Eigenspace` of a similar operator, such as that of the last training checkpoint, or
+        a block of vectors. Random combinations of it start the run. One vector of the block remains
+        random, to find new eigenvectors.
+      checkpoint: a folder in which every step is saved. Calling again with the same arguments
+        resumes the run, as for `spectral_density`.
       progress: show a bar of products done and pairs converged, on standard error.
 
     Returns:
-      `Eigenspace` of the wanted pairs, values descending algebraically for each ``which``. Pairs
-      that have not converged when max_matvecs is reached, or at Ctrl-C (then there may be fewer
-      than rank), are marked so.
+      `Eigenspace` of the wanted pairs, with algebraically descending values for each ``which``. Its
+      ``converged`` marks the pairs that have converged. When max_matvecs is reached or at Ctrl-C,
+      some may not have. After Ctrl-C there may also be fewer than rank pairs.
 
     Raises:
-      TypeError: ``operator`` is none, or ``key`` is no key.
-      ValueError: an argument outside its range; the operator turns out not to be symmetric.
-      NonFiniteProductError: a product is not finite; its ``partial`` is the eigenspace before, if
-        any.
+      TypeError: ``operator`` lacks ``like`` or ``@``, or ``key`` is not a JAX random key.
+      ValueError: an argument is out of range, or the operator turns out not to be symmetric.
+      NonFiniteProductError: a product is not finite. ``partial`` is the eigenspace from the steps
+        before, if there are any.
 
-    Cost: on the Hessian of a trained network with 15,910 weights, rank 10, some 50 products in 12
-    passes; with block_size=1 some 28, each a pass. Memory: basis_size vectors, at a restart half as
-    many again, rank and a few
-    blocks: with the defaults 5 rank + 10 block_size + 24 at most.
+    Cost: on the Hessian of a trained network with 15,910 weights and for rank 10, about 50 products
+    in 12 passes. With block_size=1, about 28 products, each of which is a pass.
+
+    Memory: basis_size vectors, half as many again at a restart, rank vectors and a few blocks. With
+    the defaults, this is at most 5 rank + 10 block_size + 24 vectors.
 
     Sources: Lanczos (1950); Golub and Underwood (1977) for blocks; Wu and Simon (2000) for the
     thick restart; Stewart (2001) for the form H V = Z T, in which a restart is a rotation.
 
     Example:
-      >>> import hessdensity as hd
-      >>> operator = hd.Matrix.from_eigenvalues(np.append(np.linspace(-1, 1, 500), [8, 8, -9]), jax.random.key(0))
+      >>> import jax, numpy as np, hessdensity as hd
+      >>> eigenvalues = np.append(np.linspace(-1, 1, 500), [8, 8, -9])
+      >>> operator = hd.Matrix.from_eigenvalues(eigenvalues, jax.random.key(0))
       >>> space = top_eigenspace(operator, jax.random.key(1), 3, progress=False)
       >>> space.values.round(3).tolist(), bool(space.converged.all())
       ([8.0, 8.0, -9.0], True)
     """
     n = check(operator, key)
-    settings = EigenspaceSettings(rank, which, tolerance, block_size, basis_size, max_matvecs)
-    block_size, basis_size, max_matvecs = settings.sizes(n)
+    given = EigenspaceSettings(rank, which, tolerance, block_size, basis_size, max_matvecs)
+    settings = given.resolved(n)
     _check_tolerance(operator, tolerance)
-    given = start.vectors if isinstance(start, Eigenspace) else start
-    free = free_memory(operator.like)
-
-    def table() -> str:
-        plan = plan_from_sizes(settings.computation, operator, settings.layouts, free)
-        return (
-            f"{plan}\n  A smaller basis_size (now {basis_size}; at least rank + 3 block_size), "
-            "block_size or rank needs less, as do more devices."
-        )
-
-    kept = {
-        "rank": rank,
-        "which": which,
-        "tolerance": tolerance,
-        "block_size": block_size,
-        "basis_size": basis_size,
-        "max_matvecs": max_matvecs,
-        "start": None if given is None else fingerprint(given),
-        "key": key_data(key),
-    }
-    options = {"checkpoint": checkpoint, "progress": progress}
-    run = Run(settings.computation, operator, kept, table=table, **options)
-    engine = RestartedLanczos(operator.like, key, rank, which, tolerance, block_size, basis_size)
+    vectors = start.vectors if isinstance(start, Eigenspace) else start
+    others = {"start": None if vectors is None else fingerprint(vectors)}
+    run = Run(operator, settings, key=key, others=others, checkpoint=checkpoint, progress=progress)
+    engine = RestartedLanczos(
+        operator.like,
+        key,
+        rank,
+        which,
+        tolerance,
+        settings.block_size,
+        settings.basis_size or n,
+    )
+    most = settings.max_matvecs or n
 
     def compute() -> None:
-        engine.begin(given)
+        engine.begin(vectors)
         steps = run.drive(engine)
         while not engine.complete:
-            if run.num_matvecs + block_size > max_matvecs:
-                run.stopped = f"max_matvecs={max_matvecs} reached"
+            if run.num_matvecs + settings.block_size > most:
+                run.stopped = f"max_matvecs={most} reached"
                 return
             next(steps)
             run.bar.set_postfix_str(f"{engine.num_converged} of {rank} converged")
@@ -153,6 +147,7 @@ def _check_tolerance(operator: Operator, tolerance: float) -> None:
     finest = 32 * trees.epsilon(operator.like)
     if not finest <= tolerance < 1:
         raise ValueError(
-            f"tolerance={tolerance!r}, expected from {finest:.2g}, what rounding allows vectors of "
-            f"{trees.scalar_dtype(operator.like)}, to 1: a share of max|lambda|."
+            f"tolerance={tolerance!r}, expected a share of max|lambda| below 1 and at least "
+            f"{finest:.2g}, the limit that rounding sets for vectors of "
+            f"{trees.scalar_dtype(operator.like)}."
         )

@@ -1,8 +1,7 @@
-"""The trace alone, from as few products as it takes: exchangeable estimates, with their error."""
+"""The trace alone, from few products: exchangeable estimates with their error."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ import jax
 import numpy as np
 
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.memory import free_memory
-from hessdensity.runs.plan import plan_from_sizes
-from hessdensity.runs.run import Run, key_data
+from hessdensity.runs.run import Run
 from hessdensity.spectra.estimate import Estimate
 
 from .settings import TraceSettings
@@ -25,9 +22,9 @@ class TraceEstimate(Estimate):
     """An estimated trace, in eigenvalue units."""
 
     num_matvecs: int = 0
-    """Products that were spent."""
+    """The number of products that were spent."""
     description: dict[str, Any] = field(default_factory=dict)
-    """What was computed: the operator's own description, settings, versions."""
+    """The operator's own description, the settings and the versions."""
 
 
 def trace(
@@ -43,80 +40,83 @@ def trace(
     """Estimate the sum of an operator's eigenvalues, by XTrace or XNysTrace.
 
     Half of the products go to k = num_matvecs // 2 random vectors w_i, uniform on the sphere of
-    R^n, and make an orthonormal basis Q of their span; the other half to Q. In that span the trace
-    is exact, and it holds the eigenvalues that are far from the others. With Q_i the basis without
-    the product number i, and u_i the part of w_i outside of it,
+    R^n. Q is an orthonormal basis of these products, and the other half of the products go to Q.
+    Within the span of Q the trace is exact, and this span captures the eigenvalues that are far
+    from the others. With Q_i a basis of all products but number i, and u_i the part of w_i
+    orthogonal to Q_i, the estimate is
 
-        tr_i = tr(Q_i^T H Q_i) + (n - k + 1) u_i^T H u_i / u_i^T u_i,    trace = mean of tr_i:
+        tr_i = tr(Q_i^T H Q_i) + (n - k + 1) u_i^T H u_i / u_i^T u_i,    trace = mean of tr_i.
 
-    every test vector sees what the others leave, is independent of it, and uniform on its sphere.
-    So each tr_i is unbiased, and the error falls as 1/num_matvecs, where random vectors alone
-    (Girard 1989; Hutchinson 1990) have 1/sqrt(num_matvecs); with the singular values of H, where
-    these decay faster.
+    Every test vector sees the part of the operator that the others leave out. The test vector is
+    independent of this part, and uniform on its sphere, so that each tr_i is unbiased. The error
+    decreases as 1/num_matvecs, whereas that of random vectors alone (Girard 1989; Hutchinson 1990)
+    decreases as 1/sqrt(num_matvecs). Where the singular values of H decay faster, so does the
+    error.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`.
-      key: JAX random key; test vector i uses ``fold_in(key, i)``.
-      num_matvecs: products to spend, at least 4; an odd one is left. From n on the trace is exact,
-        of n products.
-      semidefinite: say that no eigenvalue is negative (Gauss-Newton, Fisher, covariance; a Hessian
-        is not). All products then go to test vectors, and the Nystrom approximation takes Q's
-        place.
-      block_size: vectors that go through the data together.
-      checkpoint: a folder. Every step is saved there, and a later call with the same arguments
-        resumes the run, as for `spectral_density`. It holds all products.
+      key: JAX random key. Test vector i uses ``fold_in(key, i)``.
+      num_matvecs: number of products to spend, at least 4. XTrace spends one less if it is odd.
+        With n or more, the trace is exact and takes n products.
+      semidefinite: whether it is known that no eigenvalue is negative, as for a Gauss-Newton,
+        Fisher or covariance matrix, but not for a Hessian. All products then go to test vectors,
+        and the Nystrom approximation replaces Q.
+      block_size: number of vectors that go through the data together.
+      checkpoint: a folder in which every step is saved. Calling again with the same arguments
+        resumes the run, as for `spectral_density`. The folder holds all products.
       progress: show a bar of products done on standard error.
 
     Returns:
-      `TraceEstimate`, in eigenvalue units. After Ctrl-C the one that the products done so far give:
-      ``description["stopped"]`` says so. The standard error is that of the jackknife over test
-      vectors: on average it is not too small, whatever the spectrum (Efron and Stein 1981), and too
-      large where a test vector more would be worth much, by a factor of two to eight. (The spread
-      of the tr_i, which the paper takes, is too small there by up to four.) ``lower`` and ``upper``
-      add a Student's t of k - 1 degrees. Rounding of the products is in them, a bias of the
-      operator is not.
+      `TraceEstimate`, in eigenvalue units. After Ctrl-C it is the estimate from the products done
+      so far, and ``description["stopped"]`` says so.
+
+      The standard error is that of the jackknife over the test vectors. For every spectrum, it is
+      not too small on average (Efron and Stein 1981). It is too large, by a factor of two to eight,
+      where one more test vector would improve the estimate much. (The spread of the tr_i, which the
+      paper uses, is too small there by a factor of up to four.) ``lower`` and ``upper`` use
+      Student's t with k - 1 degrees of freedom. They include the rounding error of the products,
+      but not a bias of the operator.
 
     Raises:
-      TypeError: ``operator`` is none, or ``key`` is no key.
-      ValueError: a number that cannot be; the products show an operator that is not symmetric, or
-        one with negative eigenvalues where ``semidefinite``.
-      FloatingPointError: a product is not finite.
+      TypeError: ``operator`` lacks ``like`` or ``@``, or ``key`` is not a JAX random key.
+      ValueError: an argument is out of range, or the products show that the operator is not
+        symmetric, or that it has negative eigenvalues in spite of ``semidefinite``.
+      NonFiniteProductError: a product is not finite. ``partial`` is the estimate from the steps
+        before, if there are any.
 
     Cost: num_matvecs products, in num_matvecs / block_size passes over the data, and O(n
       num_matvecs^2) operations.
-    Memory: num_matvecs / 2 + 3 block_size vectors; if ``semidefinite``, 2 num_matvecs + 2
-      block_size.
+    Memory: num_matvecs / 2 + 3 block_size vectors, or 2 num_matvecs + 2 block_size vectors if
+      ``semidefinite``.
 
-    Source: Epperly, Tropp and Webber (2024), with what is left of the test vectors normalized; the
-      jackknife is ours.
+    Source: Epperly, Tropp and Webber (2024), in the variant that normalizes the u_i. The jackknife
+      is ours.
 
     Example:
-      >>> import hessdensity as hd
+      >>> import jax, numpy as np, hessdensity as hd
       >>> eigenvalues = 1 / np.arange(1, 1001) ** 2
       >>> operator = hd.Matrix.from_eigenvalues(eigenvalues, jax.random.key(0))
       >>> estimate = trace(operator, jax.random.key(1), 60, progress=False)
-      >>> bool(estimate.lower < eigenvalues.sum() < estimate.upper), bool(estimate.standard_error < 0.02)
-      (True, True)
+      >>> bool(estimate.lower < eigenvalues.sum() < estimate.upper)
+      True
+      >>> bool(estimate.standard_error < 0.02)
+      True
     """
     dimension = check(operator, key)
     settings = TraceSettings(num_matvecs, semidefinite, block_size)
 
-    def table() -> str:
-        free = free_memory(operator.like)
-        return str(plan_from_sizes(settings.computation, operator, settings.layouts, free))
-
-    kept = {**dataclasses.asdict(settings), "key": key_data(key)}
-    options = {"checkpoint": checkpoint, "progress": progress}
-    run = Run(settings.computation, operator, kept, table=table, **options)
+    run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
     engine: TraceEngine
     if num_matvecs >= dimension:
-        engine, total = ExactEngine(operator.like, block_size, semidefinite), dimension
+        engine = ExactEngine(operator.like, block_size, semidefinite)
+        run.bar.total = dimension
     elif semidefinite:
-        engine, total = NystromEngine(operator.like, key, num_matvecs, block_size), num_matvecs
+        engine = NystromEngine(operator.like, key, num_matvecs, block_size)
+        run.bar.total = num_matvecs
     else:
         count = num_matvecs // 2
-        engine, total = RangeEngine(operator.like, key, count, block_size), 2 * count
-    run.bar.total = total
+        engine = RangeEngine(operator.like, key, count, block_size)
+        run.bar.total = 2 * count
 
     def compute() -> None:
         for _ in run.drive(engine):
@@ -131,7 +131,7 @@ def trace(
 
 
 def _interval(value: float, error: float, freedom: float) -> tuple[float, float, float, float]:
-    """(value, standard error, lower, upper) by a Student's t of so many degrees of freedom."""
+    """(value, standard error, lower, upper), by Student's t with ``freedom`` degrees of freedom."""
     from scipy.special import stdtrit
 
     reach = float(stdtrit(min(freedom, 1e6), 0.975)) * error if np.isfinite(error) else np.inf

@@ -1,7 +1,8 @@
-"""Engines of trace estimates: products with random vectors, and the small matrices they leave.
+"""Engines of trace estimates, which turn products with random vectors into small matrices.
 
-Each asks for blocks, takes their products, and gives an estimate of the trace at any moment after
-the first product. A step saves the product itself, from which everything else is computed again.
+An engine asks for blocks and takes their products. After the first product, it can give an estimate
+of the trace at any time. A step saves the product itself, and a resumed run computes everything
+else from it again.
 """
 
 from __future__ import annotations
@@ -23,26 +24,28 @@ from hessdensity.vectors.trees import Block, Vector
 from . import exchangeable
 
 _SHIFT = 4  # rounding units by which a positive semi-definite operator is shifted
-_REPLACEMENTS = 2**31  # the number of the first random vector that stands for a missing direction
+_REPLACEMENTS = 2**31  # the number of the first random vector that replaces a missing direction
 
 
 class TraceEngine(Engine, Protocol):
-    """An engine that estimates a trace from what it has."""
+    """An engine that can estimate a trace after any of its products."""
 
     def estimate(self) -> tuple[float, float, float]:
         """(value, standard error, degrees of freedom of the error)."""
 
 
 class _Products:
-    """What the engines share: blocks in order, and products that are finite."""
+    """The common part of the engines: blocks in order, and the check that products are finite."""
 
     def __init__(self, like: Vector, block_size: int) -> None:
-        self._like, self._block_size = like, block_size
-        self._dimension, self._epsilon = trees.size(like), trees.epsilon(like)
+        self._like = like
+        self._block_size = block_size
+        self._dimension = trees.size(like)
+        self._epsilon = trees.epsilon(like)
         self.num_done = 0
 
     def take(self, product: Block) -> Step:
-        """Take the product of the block that was asked for."""
+        """Take the product of the block that `request` returned."""
         if not trees.all_finite(product):
             raise NonFiniteProductError(self.num_done, NOT_FINITE)
         self._use(product)
@@ -50,19 +53,19 @@ class _Products:
         return Step(product, {})
 
     def replay(self, step: Step) -> None:
-        """`take` of a saved product."""
+        """Like `take`, for a saved product."""
         self.take(step.vectors)
 
     def _use(self, product: Block) -> None:
         raise NotImplementedError
 
     def _test_vectors(self, key: jax.Array, first: int, count: int) -> Block:
-        """Test vectors from ``first`` on, of ``count`` in all."""
+        """The block of test vectors that starts with number ``first``, of ``count`` in all."""
         return random_block(key, first, min(self._block_size, count - first), self._like)
 
 
 class ExactEngine(_Products):
-    """The whole matrix, from products with all unit vectors: cheaper, for few dimensions."""
+    """The whole matrix, from products with all unit vectors. Cheaper if the dimension is small."""
 
     def __init__(self, like: Vector, block_size: int, semidefinite: bool) -> None:
         super().__init__(like, block_size)
@@ -83,7 +86,7 @@ class ExactEngine(_Products):
         self._rows = np.concatenate([self._rows, trees.ravel(product).astype(float)])
 
     def estimate(self) -> tuple[float, float, float]:
-        """The trace; before all rows are known, that of as many diagonal entries, scaled up."""
+        """The trace. Before all rows are known, the known diagonal entries are scaled up."""
         if not self.complete:
             return _mean_of(self._dimension * np.diag(self._rows))
         gap = refuse_asymmetric(self._rows)
@@ -96,26 +99,29 @@ class ExactEngine(_Products):
 
 
 class _Range:
-    """A W = Q F, growing by blocks of products: an orthonormal basis of them, and the factors."""
+    """A W = Q F: an orthonormal basis Q of products, and their factors F. It grows by blocks."""
 
     def __init__(self, like: Vector, key: jax.Array) -> None:
-        self._like, self._key, self._num_drawn = like, key, 0
-        self._dimension, self._epsilon = trees.size(like), trees.epsilon(like)
+        self._like = like
+        self._key = key
+        self._num_drawn = 0
+        self._dimension = trees.size(like)
+        self._epsilon = trees.epsilon(like)
         self.basis = Basis()  # Q
         self.factors = np.zeros((0, 0))  # F
-        self._largest = 0.0  # norm of a product
+        self._largest = 0.0  # the largest norm of a product
 
     def extend(self, product: Block) -> None:
         """Add a block of products: A W_b = Q along + Q_new remainder."""
         block, norms = trees.unit(product)
-        lengths, size = np.asarray(norms, float), self.basis.size
+        lengths = np.asarray(norms, float)
         self._largest = max(self._largest, lengths.max())
         new, remainder, along = orthonormalize(
             block,
             self.basis,
             np.diag(lengths),
             negligible=8 * self._epsilon * self._largest,
-            room=self._dimension - size,
+            room=self._dimension - self.basis.size,
             draw=self._draw,
         )
         self.basis = self.basis.extend(new)
@@ -123,7 +129,7 @@ class _Range:
         self.factors = np.block([[self.factors, along], [below, remainder]])
 
     def coefficients(self, block: Block) -> np.ndarray:
-        """Q^T b of each vector of a block, in columns."""
+        """Q^T b for each vector b of a block, in columns."""
         return coefficients(self.basis.chunks, block).T[: self.basis.size]
 
     def _draw(self, count: int) -> Block:
@@ -133,11 +139,12 @@ class _Range:
 
 
 class RangeEngine(_Products):
-    """XTrace: half of the products go to test vectors, the other half to a basis of the first."""
+    """XTrace: half of the products go to test vectors, and the others to a basis of the first."""
 
     def __init__(self, like: Vector, key: jax.Array, count: int, block_size: int) -> None:
         super().__init__(like, block_size)
-        self._key, self._count = key, count
+        self._key = key
+        self._count = count
         self._range = _Range(like, key)
         self._forms = np.zeros(0)  # w_i.A w_i
         self._compression = np.zeros((count, 0))  # Q^T A Q, as many columns as are known
@@ -148,7 +155,7 @@ class RangeEngine(_Products):
         return self._compression.shape[1] == self._count
 
     def request(self) -> Block:
-        """Test vectors, and after the last of them the vectors of their products' basis."""
+        """The next test vectors. After the last of them, a basis of their products follows."""
         if self._forms.size < self._count:
             return self._test_vectors(self._key, self._forms.size, self._count)
         known = self._compression.shape[1]
@@ -168,12 +175,15 @@ class RangeEngine(_Products):
             refuse_asymmetric(self._compression)
 
     def estimate(self) -> tuple[float, float, float]:
-        """XTrace of the test vectors whose basis is known; a mean of forms before there are two."""
+        """XTrace from the test vectors whose basis is known.
+
+        Before there are two of them, a mean of forms w_i.A w_i replaces it.
+        """
         # The first k basis vectors span the products of the first k test vectors.
         k = self._compression.shape[1]
         if k < 2:
             return _mean_of(self._dimension * self._forms)
-        # Drawn again, so that the test vectors need not be kept.
+        # The test vectors are drawn again, so that they need not be kept.
         blocks = [
             self._test_vectors(self._key, first, self._count)
             for first in range(0, self._count, self._block_size)
@@ -195,8 +205,10 @@ class NystromEngine(_Products):
 
     def __init__(self, like: Vector, key: jax.Array, count: int, block_size: int) -> None:
         super().__init__(like, block_size)
-        self._key, self._count = key, count
-        self._range, self._tests = _Range(like, key), Basis()
+        self._key = key
+        self._count = count
+        self._range = _Range(like, key)
+        self._tests = Basis()
         for first in range(0, count, block_size):
             self._tests = self._tests.extend(self._test_vectors(key, first, count))
         self._core = np.zeros((count, 0))  # W^T A W
@@ -221,13 +233,15 @@ class NystromEngine(_Products):
         self._range.extend(product)
 
     def estimate(self) -> tuple[float, float, float]:
-        """XNysTrace of the test vectors multiplied so far."""
+        """XNysTrace from the test vectors multiplied so far."""
         k = self._core.shape[1]
         core = self._core[:k]
-        asymmetry, size = refuse_asymmetric(core), float(np.linalg.norm(self._range.factors))
+        asymmetry = refuse_asymmetric(core)
+        size = float(np.linalg.norm(self._range.factors))
         if not size:
             return 0.0, 0.0, k - 1
-        # The rounding of inner products, or what the operator's own precision shows of itself.
+        # The rounding error of inner products, or the asymmetry that the operator's own precision
+        # causes.
         shift = max(_SHIFT * self._epsilon * size, asymmetry)
         found = exchangeable.from_core(
             (core + core.T) / 2, self._gram[:k], self._range.factors, self._dimension, shift
@@ -236,16 +250,17 @@ class NystromEngine(_Products):
 
 
 def refuse_asymmetric(square: np.ndarray) -> float:
-    """How far u.Hv and v.Hu are apart, in the spectral norm.
+    """The distance between u.Hv and v.Hu, in the spectral norm.
 
     Raises:
-      ValueError: too far for a symmetric operator.
+      ValueError: the distance is too large for a symmetric operator.
     """
-    gap, size = np.linalg.norm(square - square.T, 2), np.linalg.norm(square, 2)
+    gap = np.linalg.norm(square - square.T, 2)
+    size = np.linalg.norm(square, 2)
     if gap > ASYMMETRY * size:
         raise ValueError(
             "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu differ "
-            f"by {gap / size:.2g} of its norm. hd.verify_operator(operator, key) tells more."
+            f"by {gap / size:.2g} of its norm. Examine it with hd.verify_operator(operator, key)."
         )
     return float(gap)
 
@@ -258,6 +273,6 @@ def _with_rounding(
 
 
 def _mean_of(samples: np.ndarray) -> tuple[float, float, float]:
-    """The mean of independent samples; with an infinite error where there is only one."""
+    """The mean of independent samples. The error is infinite if there is only one."""
     error = float(samples.std(ddof=1) / np.sqrt(samples.size)) if samples.size > 1 else np.inf
     return float(samples.mean()), error, max(samples.size - 1, 1)

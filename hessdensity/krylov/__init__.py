@@ -1,1 +1,1 @@
-"""The two Lanczos engines, by reverse communication."""
+"""The two Lanczos engines, which work by reverse communication."""

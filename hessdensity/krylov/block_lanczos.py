@@ -1,13 +1,13 @@
-"""H V = Z T: what a block Lanczos run knows of an operator.
+"""H V = Z T: the products of a block Lanczos run, in terms of an orthonormal basis.
 
-Z holds orthonormal vectors. Of some of them, V, the products are known ("done"); the others are
-"pending": what the products have added, or fresh random vectors. T has all the coefficients of the
-products on Z. No symmetry is assumed of it, so that the residual of a Ritz pair (theta, V s) is
-known to rounding without storing a product and without a further one:
+Z holds orthonormal vectors. Some of them, V, are "done": their products are known. The others are
+"pending": the products have added them, or they are fresh random vectors. T holds the coefficients
+of the products with respect to Z. T is not assumed to be symmetric. So the residual of a Ritz pair
+(theta, V s) is known up to rounding, without storing a product and without computing another one:
 
     H V s - theta V s = Z (T s - theta [s; 0]).
 
-Z is kept on the device in chunks of fixed size, T on the host.
+Z is kept on the device in chunks of fixed size, and T is kept on the host.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from .lanczos import ASYMMETRY
 
 
 class Ritz(NamedTuple):
-    """Ritz pairs (theta_i, Z s_i), ascending."""
+    """Ritz pairs (theta_i, Z s_i), in ascending order of theta_i."""
 
     values: np.ndarray
-    """(m,) theta, m being the number of vectors done."""
+    """(m,): theta_i, where m is the number of vectors done."""
     vectors: np.ndarray
-    """(size of Z, m): column i is s_i, zero at pending vectors."""
+    """(size of Z, m): column i is s_i. It is zero at pending vectors."""
     residuals: np.ndarray
-    """(m,) norms of H Z s - theta Z s."""
+    """(m,): norms of H Z s_i - theta_i Z s_i."""
     coupling: np.ndarray
-    """(pending vectors, m): the residuals' parts along them."""
+    """(pending vectors, m): components of the residuals along the pending vectors."""
 
 
 class Columns(NamedTuple):
-    """What the products of chosen vectors add to H V = Z T: as many columns of T, and rows of Z."""
+    """The columns of T and the vectors of Z that the products of some vectors add to H V = Z T."""
 
     vectors: Block | None
-    """The new vectors of Z, or None where the products add none."""
+    """The new vectors of Z, or None if the products add none."""
     remainder: np.ndarray
-    """(new vectors, products): the products' coefficients on them."""
+    """(new vectors, products): the coefficients of the products on the new vectors."""
     along: np.ndarray
-    """(size of Z before, products): the products' coefficients on the others."""
+    """(size of Z before, products): the coefficients of the products on the earlier vectors."""
     norm: float
-    """The operator's norm, as far as it is known."""
+    """The norm of the operator, as far as it is known."""
     num_drawn: int
-    """Random vectors used so far."""
+    """The number of random vectors drawn so far."""
 
     def scalars(self) -> dict[str, Any]:
-        """All but the vectors, as JSON takes it."""
+        """All fields except the vectors, in types that JSON can hold."""
         arrays = {"remainder": self.remainder.tolist(), "along": self.along.tolist()}
         return {**arrays, "norm": self.norm, "num_drawn": self.num_drawn}
 
@@ -68,25 +68,26 @@ class Columns(NamedTuple):
 
 
 class BlockLanczos:
-    """H V = Z T, growing by products.
+    """The relation H V = Z T, which grows by products.
 
     Args:
       like: shapes, dtypes and shardings of one vector.
-      key: decides the fresh random vectors.
+      key: random key of the fresh random vectors.
     """
 
     def __init__(self, like: Vector, key: jax.Array) -> None:
         self.like = like = trees.abstract(like)
         self.dimension = trees.size(like)
         self.done = np.zeros(0, bool)
-        """(size of Z,) whether the product of a vector is known."""
+        """(size of Z,) bool: whether the product of a vector is known."""
         self.norm = 0.0
-        """The largest norm of a product, or size of a Ritz value: a lower bound of ||H||."""
+        """A lower bound of ||H||: the largest norm of a product, or size of a Ritz value."""
         self._basis = Basis()  # Z
-        self._matrix = np.zeros((0, 0))  # T; the columns of pending vectors are zero
-        self._dropped = np.zeros((0, 0))  # Gram matrix of what restarts have cut off T's columns
+        self._matrix = np.zeros((0, 0))  # T, whose columns are zero for pending vectors
+        self._dropped = np.zeros((0, 0))  # Gram matrix of the parts of T that restarts dropped
         self._ritz: Ritz | None = None
-        self._key, self._num_drawn = key, 0
+        self._key = key
+        self._num_drawn = 0
         self._epsilon = trees.epsilon(like)
 
     @property
@@ -96,39 +97,42 @@ class BlockLanczos:
 
     @property
     def room(self) -> int:
-        """The dimensions that Z leaves."""
+        """The number of dimensions outside of the span of Z."""
         return self.dimension - self.size
 
     @property
     def pending(self) -> np.ndarray:
-        """Positions in Z of the pending vectors, the latest last."""
+        """Positions in Z of the pending vectors, with the latest last."""
         return np.flatnonzero(~self.done)
 
     def add(self, block: Block) -> None:
-        """Extend Z by the span of a block, pending; directions that Z has become random ones."""
+        """Extend Z by the span of a block, as pending vectors.
+
+        Directions that Z contains already are replaced by random ones.
+        """
         block, norms = trees.unit(block)
         present = np.diag(np.sign(np.asarray(norms, float)))
         vectors, *_ = self._orthonormalize(block, present, 64 * self._epsilon)
         self._append(vectors)
 
     def add_random(self, count: int) -> None:
-        """Extend Z by fresh random vectors, pending, as far as the space has room."""
+        """Extend Z by fresh random vectors, as pending ones, as far as the space has room."""
         count = min(count, self.room)
         if count:
             self.add(self._draw(count))
 
     def vectors(self, chosen: np.ndarray) -> Block:
-        """The vectors of Z at some positions."""
+        """The vectors of Z at the chosen positions."""
         return self.combine(np.eye(self.size)[:, chosen])
 
     def columns(self, chosen: np.ndarray, product: Block) -> Columns:
-        """What the products of pending vectors add. Nothing changes yet: `join` does it.
+        """The columns that the products of pending vectors add. Only `join` changes the state.
 
         Raises:
           FloatingPointError: a product holds a NaN or an infinity.
           ValueError: the operator is not symmetric, or not the same in every product.
 
-        Cost: reads Z some four times.
+        Cost: reads Z about four times.
         """
         product, norms = trees.unit(product)
         lengths = np.asarray(norms, float)
@@ -145,32 +149,36 @@ class BlockLanczos:
         if gap > ASYMMETRY * norm:
             raise ValueError(
                 "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu "
-                f"differ by {gap / norm:.2g} of its norm. "
-                "hd.verify_operator(operator, key) tells more."
+                f"differ by {gap / norm:.2g} of its norm. Examine it with "
+                "hd.verify_operator(operator, key)."
             )
         vectors = new if remainder.size else None
         return Columns(vectors, remainder, along, float(norm), self._num_drawn)
 
     def join(self, chosen: np.ndarray, columns: Columns) -> int:
-        """Pending vectors become done, and what their products add becomes pending, last.
+        """Mark the chosen vectors as done, and add the new vectors of their products as pending.
 
         Returns the number of new vectors.
         """
         matrix, done = self._with_columns(chosen, columns.along)
         first = len(matrix)
-        self.norm, self._num_drawn = columns.norm, columns.num_drawn
+        self.norm = columns.norm
+        self._num_drawn = columns.num_drawn
         if columns.vectors is not None:
             self._append(columns.vectors)
-        # Only now, so that a run that is interrupted before is what it was.
-        self.done[:first], self._matrix[:first, :first] = done, matrix
+        # T changes only now, so that a run that is interrupted before keeps its state.
+        self.done[:first] = done
+        self._matrix[:first, :first] = matrix
         self._matrix[first:, chosen] = columns.remainder
         self._ritz = None
         return len(columns.remainder)
 
     def _with_columns(self, chosen: np.ndarray, along: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(T, done) with the products of pending vectors."""
-        matrix, done = self._matrix.copy(), self.done.copy()
-        matrix[:, chosen], done[chosen] = along, True
+        """(T, done) with the products of the chosen vectors."""
+        matrix = self._matrix.copy()
+        done = self.done.copy()
+        matrix[:, chosen] = along
+        done[chosen] = True
         return matrix, done
 
     def ritz(self) -> Ritz:
@@ -182,7 +190,7 @@ class BlockLanczos:
         self.norm = max(self.norm, np.abs(values).max(initial=0))
         vectors = np.zeros((self.size, values.size))
         vectors[self.done] = inner
-        # R = T S - [S; 0] Theta, and what restarts have dropped of T's columns.
+        # R = T S - [S; 0] Theta, plus the parts of T's columns that restarts have dropped.
         rest = self._matrix @ vectors - vectors * values
         squares = (rest**2).sum(0) + (vectors * (self._dropped @ vectors)).sum(0)
         residuals = np.sqrt(np.maximum(squares, 0))
@@ -190,40 +198,45 @@ class BlockLanczos:
         return self._ritz
 
     def restart(self, kept: np.ndarray) -> None:
-        """V becomes the Ritz vectors of some pairs, a thick restart (Wu and Simon 2000).
+        """Replace V by the Ritz vectors of some pairs: a thick restart (Wu and Simon 2000).
 
-        With R = [kept, pending] orthonormal columns, Z <- Z R and T <- R^T T kept. All pending
-        vectors stay. What R cuts off the columns of T is rounding, and counts in later residuals.
+        R = [kept, pending] has orthonormal columns. Then Z <- Z R and T <- R^T T kept. All pending
+        vectors remain. The part of T's columns that R drops is rounding error. It is included in
+        later residuals.
 
         Args:
-          kept: columns of `Ritz.vectors`, (size, number kept).
+          kept: columns of `Ritz.vectors`, (size of Z, number kept).
         """
         rotation = np.concatenate([kept, np.eye(self.size)[:, self.pending]], axis=1)
         columns = self._matrix @ kept
         inside = rotation.T @ columns
         lost = columns - rotation @ inside
         dropped = kept.T @ self._dropped @ kept + lost.T @ lost
-        total, count = rotation.shape[1], kept.shape[1]
-        # Filled up with zeros to whole chunks: one shape, one program.
+        total = rotation.shape[1]
+        count = kept.shape[1]
+        # Zeros are added up to whole chunks, so that one compiled program serves all shapes.
         whole = np.pad(rotation, ((0, 0), (0, -total % CHUNK)))
         rotated: list[Any] = []
         for first in range(0, whole.shape[1], CHUNK):
             rotated += chunks_of(self.combine(whole[:, first : first + CHUNK]))
         self._basis = Basis(tuple(rotated), total)
         self.done = np.arange(total) < count
-        self._matrix, self._dropped = np.zeros((total, total)), np.zeros((total, total))
-        self._matrix[:, :count], self._dropped[:count, :count] = inside, dropped
+        self._matrix = np.zeros((total, total))
+        self._matrix[:, :count] = inside
+        self._dropped = np.zeros((total, total))
+        self._dropped[:count, :count] = dropped
         self._ritz = None
 
     def combine(self, factors: np.ndarray) -> Block:
-        """The block of k vectors Z factors, from (size of Z, k)."""
+        """The block of k vectors Z factors, for factors of shape (size of Z, k)."""
         return self._basis.combine(factors.T, self.like)
 
     def _orthonormalize(
         self, block: Block, factors: np.ndarray, negligible: float
     ) -> tuple[Block, np.ndarray, np.ndarray]:
-        settings = {"negligible": negligible, "room": self.room, "draw": self._draw}
-        return orthonormalize(block, self._basis, factors, **settings)
+        return orthonormalize(
+            block, self._basis, factors, negligible=negligible, room=self.room, draw=self._draw
+        )
 
     def _append(self, block: Block) -> None:
         count = trees.count(block)

@@ -1,4 +1,4 @@
-"""The one interface of both engines: ask for a block, take its product, or replay a saved step."""
+"""The interface of the engines: ask for a block, take its product, or replay a saved step."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from hessdensity.vectors.trees import Block
 
 
 class Step(NamedTuple):
-    """What one product has added to an engine, and all that is needed to add it again."""
+    """Everything that one product has added to an engine, which is enough to add it again."""
 
     vectors: Block | None
-    """The block of vectors that joined, on the device, or None where there was none."""
+    """The block of vectors that were added, on the device, or None."""
     scalars: dict[str, Any]
-    """Coefficients and decisions, as JSON takes them."""
+    """Coefficients and decisions, in types that JSON can hold."""
 
 
 class Engine(Protocol):
-    """A computation by reverse communication: it never calls an operator.
+    """A computation by reverse communication. It asks for products and never calls an operator.
 
     ``while not engine.complete: engine.take(operator @ engine.request())``
     """
 
     @property
     def complete(self) -> bool:
-        """Whether no product is left to ask for."""
+        """Whether the engine needs no further product."""
 
     def request(self) -> Block:
-        """The block whose product is asked for."""
+        """The block whose product the engine needs next."""
 
     def take(self, product: Block) -> Step:
-        """Take the product of the block that was asked for. Returns what it has added.
+        """Take the product of the requested block, and return the step that it adds.
 
         Raises:
-          FloatingPointError: the product holds a NaN or an infinity; the engine is as before.
+          FloatingPointError: the product holds a NaN or an infinity. The engine is unchanged.
           ValueError: the operator is not symmetric.
         """
 
     def replay(self, step: Step) -> None:
-        """`take` without a product, from the step that it returned: the same state, bit for bit."""
+        """Add a step that `take` returned. The resulting state is the same bit for bit."""
 
     @property
     def num_done(self) -> int:
@@ -48,15 +48,15 @@ class Engine(Protocol):
 
 
 def multiply(operator: Any, block: Block, step: int) -> Block:
-    """The operator's product with a block, checked: the one place that calls an operator.
+    """The product of an operator with a block, after checks.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks.
       block: k vectors.
-      step: the number of the step, for the error's message.
+      step: the number of the step, for the error message.
 
     Raises:
-      NonFiniteProductError: the operator says that its product is not finite, and where.
+      NonFiniteProductError: the operator reports that its product is not finite, and where.
       ValueError: the product has another structure, shape or dtype than the block.
     """
     try:

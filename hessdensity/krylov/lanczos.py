@@ -1,16 +1,16 @@
-"""k independent Lanczos recurrences by reverse communication, with reorthogonalization.
+"""k independent Lanczos recurrences with reorthogonalization, by reverse communication.
 
-The engine never calls an operator: a state asks for ``operator @ state.vectors``, and `update`
-takes the answer. So the operator may stream from disk or run on many hosts, and progress,
-checkpoints and early stops belong to the loop.
+The engine never calls an operator. A state asks for ``operator @ state.vectors``, and `update`
+takes this product. So the operator may stream from disk or run on many hosts, and progress bars,
+checkpoints and early stopping belong to the loop.
 
 In exact arithmetic each recurrence builds
 
     A V = V T + beta_m v_m e_m^T,    V^T V = I,    T tridiagonal (Lanczos 1950).
 
 Rounding destroys the orthogonality as soon as a Ritz value converges (Paige 1976). So every new
-vector is orthogonalized again against all the earlier ones. Without a stored basis the Gauss rules
-stay right, but copies of converged Ritz values appear (`hessdensity.spectra.deflation`).
+vector is orthogonalized again, against all earlier ones. Without a stored basis the Gauss rules
+remain correct, but copies of converged Ritz values appear (`hessdensity.spectra.deflation`).
 """
 
 from __future__ import annotations
@@ -31,43 +31,54 @@ from hessdensity.vectors.trees import Block
 from .engine import Step, multiply
 
 ASYMMETRY = 0.05
-"""The part of a product, relative to the operator's norm, from which an operator counts as not
-symmetric: far above the rounding of a model in bfloat16, far below a rule that is no derivative."""
+"""An operator with a larger asymmetry, relative to its norm, counts as not symmetric.
+
+The value is far above the rounding error of a model in bfloat16, and far below the asymmetry of a
+rule that is not a derivative.
+"""
 
 _SCALARS = ("diagonal", "off_diagonal", "deflation_coupling", "rounding_error")
 
 
 class LanczosState(NamedTuple):
-    """What the next step needs: a pytree, which may be saved after any step and resumed.
+    """Everything that the next step needs. It is a pytree, which can be saved after any step.
 
-    ``j`` below is the number of steps done, ``k`` that of probes.
+    Below, ``j`` is the number of steps done, and ``k`` is the number of probes.
     """
 
     vectors: Block
-    """The k vectors whose products are asked for; a probe that has ended has the zero vector."""
+    """The k vectors to be multiplied next. A probe that has ended has the zero vector."""
     previous: Block
     """The k vectors before them."""
     basis: Basis | None
-    """Vectors 0..j of each probe, or None where they are not stored."""
+    """Vectors 0 to j of each probe, or None if they are not stored."""
     deflated_basis: Basis
-    """The basis, of one probe, that all probes stay orthogonal to."""
+    """The basis, with a single probe, that all probes stay orthogonal to."""
     operator_norm: float
-    """A lower bound of the operator's norm, known beforehand: what is small beside it is rounding,
-    in the complement of ``deflated_basis`` too."""
+    """A lower bound of the operator's norm, known beforehand.
+
+    Anything small beside it is rounding error, also in the complement of ``deflated_basis``.
+    """
     num_steps: int
-    """Steps to be done in all."""
+    """The total number of steps."""
     diagonal: np.ndarray
     """(k, j) float64, on the host: alpha, the diagonal of each T."""
     off_diagonal: np.ndarray
-    """(k, j) float64, on the host: beta, the entries below it; the last one dangles. 0 ends a
-    probe."""
+    """(k, j) float64, on the host: beta, the entries below the diagonal of each T.
+
+    The last one lies outside of T. If it is 0, the probe has ended.
+    """
     deflation_coupling: np.ndarray
-    """(k, j, r) float64, on the host: components of the products along ``deflated_basis``, r being
-    its vectors, filled up with zeros to whole chunks."""
+    """(k, j, r) float64, on the host: components of the products along ``deflated_basis``.
+
+    r is the number of its vectors, with zeros added to fill whole chunks.
+    """
     rounding_error: np.ndarray
-    """(k,) float64, on the host: how far the entries of T can be trusted. The largest part of a
-    product that lay along earlier vectors, where exact arithmetic has none, or a few rounding units
-    of the norm."""
+    """(k,) float64, on the host: the error of the entries of T.
+
+    It is the largest part of a product along earlier vectors, where exact arithmetic has none, or a
+    few rounding units of the norm.
+    """
 
 
 def init(
@@ -81,42 +92,43 @@ def init(
     """The state before the first step.
 
     Args:
-      start_vectors: block of k vectors; they are normalized here.
-      num_steps: Lanczos length m, at least 1. Clipped to the dimension that ``deflated_basis``
-        leaves.
+      start_vectors: block of k vectors, which are normalized here.
+      num_steps: number of Lanczos steps m, at least 1. Clipped to the dimension that
+        ``deflated_basis`` leaves.
       deflated_basis: block of m0 orthonormal vectors, or the `Basis` of an earlier run. All probes
-        share it and stay orthogonal to it: each recurrence then belongs to the operator's
-        compression to its complement.
-      basis_storage: where the basis is kept. ``"device"``; ``"host"``, full chunks in the host's
-        memory, each moved to the device and read there in every step; ``"none"``, nowhere: each
-        vector is orthogonalized against the last two alone.
+        share it and stay orthogonal to it. Each recurrence then belongs to the operator's
+        compression to the complement of this basis.
+      basis_storage: where the basis is kept. ``"device"``: on the device. ``"host"``: in the
+        memory of the host, in full chunks. Every step moves each chunk to the device and reads it
+        there. ``"none"``: nowhere. Each vector is orthogonalized against the last two only.
       operator_norm: a lower bound of the operator's norm, if one is known.
 
     Raises:
-      ValueError: num_steps < 1; an unknown ``basis_storage``; a start vector that is zero, or not
-        finite, or lies in the span of ``deflated_basis``.
+      ValueError: ``num_steps`` is below 1, ``basis_storage`` is unknown, or a start vector is zero,
+        is not finite, or lies in the span of ``deflated_basis``.
 
-    Memory: k (m + 4) + m0 vectors by the end, m and m0 rounded up to a multiple of 8. With "host",
-    4 k of these and a few chunks are on the device; with "none" there are 4 k in all.
+    Memory: k (m + 4) + m0 vectors at the end, with m and m0 rounded up to multiples of 8. With
+    "host", 4 k of these and a few chunks are on the device. With "none" there are 4 k in all.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1.")
     if basis_storage not in STORAGES:
         allowed = ", ".join(map(repr, STORAGES))
         raise ValueError(f"basis_storage={basis_storage!r}, expected one of {allowed}.")
-    k, n = trees.count(start_vectors), trees.dimension(start_vectors)
+    k = trees.count(start_vectors)
+    n = trees.dimension(start_vectors)
     deflated = _as_basis(deflated_basis)
     if deflated.size >= n:
         raise ValueError(
-            f"deflated_basis holds {deflated.size} vectors of dimension {n}; nothing is left for "
-            "the recurrence."
+            f"deflated_basis holds {deflated.size} vectors of dimension {n}; expected fewer "
+            "vectors than dimensions, so that the recurrence has a space."
         )
-    given = trees.norm(start_vectors)
-    vectors, _, left = orthogonalize(trees.normalize(start_vectors, given), deflated.chunks)
-    if not np.all(left > 64 * trees.epsilon(start_vectors)):  # written so that a NaN is refused
+    norms = trees.norm(start_vectors)
+    vectors, _, left = orthogonalize(trees.normalize(start_vectors, norms), deflated.chunks)
+    if not np.all(left > 64 * trees.epsilon(start_vectors)):  # also true for NaN
         raise ValueError(
-            f"start_vectors have norms {np.asarray(given)}, and {left} of each lies outside of "
-            "deflated_basis; expected finite vectors that are not zero there."
+            f"start_vectors have norms {np.asarray(norms)}, and shares {left} of these lie outside "
+            "of deflated_basis; expected finite vectors that are not zero there."
         )
     vectors = trees.normalize(vectors, jnp.asarray(left))
     stored = None if basis_storage == "none" else Basis(offload=basis_storage == "host")
@@ -141,19 +153,20 @@ def _as_basis(given: Block | Basis | None) -> Basis:
 
 
 def update(state: LanczosState, product: Block) -> LanczosState:
-    """One step: takes ``operator @ state.vectors``, gives the state that asks for the next product.
+    """Do one step with ``operator @ state.vectors``, and return the state that it leads to.
 
-    It takes over the state's memory: the state may not be used again, save for what is on the host.
+    The memory of ``state`` is reused. Only its fields on the host may be used after the call.
 
-    A probe ends where its Krylov space is invariant: beta <= 8 eps times what is known of the
-    operator's norm. Its off-diagonal is then exactly 0, its next vector 0, and the others continue.
-    A smaller beta would be rounding. A larger one does no harm: the vector that follows is
-    orthogonal to the others, whatever it is.
+    A probe ends when its Krylov space is invariant, that is, when beta <= 8 eps times the known
+    norm of the operator. Its off-diagonal entry is then exactly 0, its next vector is 0, and the
+    other probes continue. A smaller beta would be rounding error. A larger beta does no harm,
+    because the next vector is orthogonal to the others in any case.
 
     Raises:
       NonFiniteProductError: the product holds a NaN or an infinity.
-      ValueError: the operator is not symmetric. The three terms of a symmetric one leave nothing
-        along the earlier vectors; what reorthogonalization takes away there tells, at no cost.
+      ValueError: the operator is not symmetric. For a symmetric operator, the three terms leave
+        nothing along the earlier vectors. The part that reorthogonalization removes there shows the
+        asymmetry, at no further cost.
 
     Cost: reads the basis twice.
     """
@@ -162,10 +175,11 @@ def update(state: LanczosState, product: Block) -> LanczosState:
     last = state.off_diagonal[:, -1] if step else np.zeros(len(state.diagonal))
     beta_before = jnp.asarray(last, trees.scalar_dtype(product))
     residual, alpha = _recur(product, state.vectors, state.previous, beta_before)
-    # The part along the deflated basis Q is a true coupling, where Q's span is not invariant:
+    # Where the span of the deflated basis Q is not invariant, the part along Q is a true coupling:
     # w <- w - Q (Q^T w), and Q^T w is kept.
     residual, coupling = project_out(residual, state.deflated_basis.chunks)
-    # Against all that the recurrence should have left orthogonal: what is found there is rounding.
+    # In exact arithmetic, w is now orthogonal to all earlier vectors. Anything found along them is
+    # rounding error, and is removed.
     if state.basis is not None:
         chunks = (*state.deflated_basis.chunks, *state.basis.chunks)
         residual, removed, beta = orthogonalize(residual, chunks)
@@ -174,9 +188,10 @@ def update(state: LanczosState, product: Block) -> LanczosState:
     alpha = np.asarray(alpha, float)
     if not np.all(np.isfinite(alpha)) or not np.all(np.isfinite(beta)):
         raise NonFiniteProductError(step, NOT_FINITE)
-    epsilon, norm = trees.epsilon(product), _norm_of(state, alpha)
+    epsilon = trees.epsilon(product)
+    norm = _norm_of(state, alpha)
     _refuse_asymmetric(step, removed, np.maximum(norm, beta))
-    # v_{j+1} = w / beta_j; the vector of a probe that has ended becomes zero.
+    # v_{j+1} = w / beta_j. The vector of a probe that has ended becomes zero.
     beta = np.where(beta > 8 * epsilon * norm, beta, 0)
     vectors = trees.normalize(residual, jnp.asarray(beta))
     rounding = np.maximum.reduce([state.rounding_error, removed, 4 * epsilon * norm])
@@ -184,7 +199,7 @@ def update(state: LanczosState, product: Block) -> LanczosState:
 
 
 def _norm_of(state: LanczosState, alpha: np.ndarray) -> np.ndarray:
-    """What is known of the operator's norm, for each probe: (k,).
+    """The norm of the operator as far as each probe knows it: (k,).
 
     The largest row sum bounds the norm of T from above, within a factor of two.
     """
@@ -198,9 +213,9 @@ def _refuse_asymmetric(step: int, removed: np.ndarray, norm: np.ndarray) -> None
     if np.any(removed > ASYMMETRY * norm):
         raise ValueError(
             f"Lanczos step {step}: the operator is not symmetric, or not the same in every "
-            f"product. Of this product, {np.max(removed / norm):.2g} of the operator's norm lies "
-            "along earlier vectors, where a symmetric operator has nothing. "
-            "hd.verify_operator(operator, key) tells more."
+            f"product. A part of this product, {np.max(removed / norm):.2g} of the operator's "
+            "norm, lies along earlier vectors, where a symmetric operator has none. Examine it "
+            "with hd.verify_operator(operator, key)."
         )
 
 
@@ -213,7 +228,8 @@ def _advanced(
     rounding: np.ndarray,
 ) -> LanczosState:
     """The state with the results of one more step."""
-    step, basis = state.diagonal.shape[1] + 1, state.basis
+    step = state.diagonal.shape[1] + 1
+    basis = state.basis
     return state._replace(
         vectors=vectors,
         previous=state.vectors,
@@ -226,58 +242,60 @@ def _advanced(
 
 
 def last_step(state: LanczosState) -> Step:
-    """What the last step has added to a state."""
+    """Everything that the last step has added to a state."""
     last = (state.diagonal[:, -1], state.off_diagonal[:, -1], state.deflation_coupling[:, -1])
     values = (part.tolist() for part in (*last, state.rounding_error))
     return Step(state.vectors, dict(zip(_SCALARS, values, strict=True)))
 
 
 def replay(state: LanczosState, step: Step) -> LanczosState:
-    """`update` without a product, from what `last_step` gave of it: the same state, bit for bit."""
+    """The result of `update` bit for bit, from the result of `last_step` instead of a product."""
     alpha, beta, coupling, rounding = (np.asarray(step.scalars[name], float) for name in _SCALARS)
     return _advanced(state, step.vectors, alpha, beta, coupling.reshape(alpha.size, -1), rounding)
 
 
 def extend(state: LanczosState, num_steps: int) -> LanczosState:
-    """The state with ``num_steps`` steps to be done in all, clipped as by `init`; never fewer."""
-    n, done = trees.dimension(state.vectors), state.diagonal.shape[1]
-    num_steps, basis = min(num_steps, n - state.deflated_basis.size), state.basis
+    """The state with a total of ``num_steps`` steps, clipped as by `init`, and never fewer."""
+    n = trees.dimension(state.vectors)
+    done = state.diagonal.shape[1]
+    num_steps = min(num_steps, n - state.deflated_basis.size)
+    basis = state.basis
     if num_steps <= state.num_steps:
         return state
-    # The vector after the last step was not stored, since no step was to follow.
+    # The vector after the last step was not stored, because no step was to follow.
     if basis is not None and done == state.num_steps:
         basis = basis.append(state.vectors)
     return state._replace(num_steps=num_steps, basis=basis)
 
 
 def complete(state: LanczosState) -> bool:
-    """Whether no step is left: all are done, or every probe has ended."""
+    """Whether no step is left, because all are done or every probe has ended."""
     done = state.diagonal.shape[1]
     return done == state.num_steps or (done > 0 and not np.any(state.off_diagonal[:, -1]))
 
 
 def release(state: LanczosState) -> LanczosState:
-    """The state without its vectors: what it found remains, and no step can follow."""
+    """The state without its vectors. Its results remain, but no step can follow."""
     deflated = Basis(size=state.deflated_basis.size)
     return state._replace(vectors=None, previous=None, basis=None, deflated_basis=deflated)
 
 
 def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
-    """The plain host loop: yields the state after each step that is left.
+    """Run the plain host loop, and yield the state after each step.
 
-    It ends after ``num_steps``, or when every probe has ended. Long runs use
+    The loop ends after ``num_steps`` steps or when every probe has ended. Long runs use
     `hessdensity.runs.run.Run`, which also saves, resumes and counts.
 
     Example:
-      >>> import hessdensity as hd
-      >>> state = init(jnp.ones((1, 2)), num_steps=2)
-      >>> for state in iterate(hd.Matrix(np.diag([1.0, 3.0])), state):
+      >>> import jax.numpy as jnp, numpy as np, hessdensity as hd
+      >>> state = hd.lanczos.init(jnp.ones((1, 2)), num_steps=2)
+      >>> for state in hd.lanczos.iterate(hd.Matrix(np.diag([1.0, 3.0])), state):
       ...     print(state.diagonal.round(3).tolist())
       [[2.0]]
       [[2.0, 2.0]]
 
     Raises:
-      NonFiniteProductError: a product is not finite; names the step.
+      NonFiniteProductError: a product is not finite. The message names the step.
 
     Cost: one product with k vectors in each step.
     """
@@ -288,7 +306,7 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
 
 
 class LanczosEngine:
-    """A `LanczosState` as an `Engine`, which a run can drive."""
+    """A `LanczosState` as an `Engine`, so that a run can drive it."""
 
     def __init__(self, state: LanczosState) -> None:
         self.state = state
@@ -304,16 +322,16 @@ class LanczosEngine:
         return self.state.diagonal.shape[1]
 
     def request(self) -> Block:
-        """The k vectors whose products are asked for."""
+        """The k vectors to be multiplied next."""
         return self.state.vectors
 
     def take(self, product: Block) -> Step:
-        """`update`."""
+        """Do a step by `update`, and return what it has added."""
         self.state = update(self.state, product)
         return last_step(self.state)
 
     def replay(self, step: Step) -> None:
-        """`replay`."""
+        """Do a saved step by `replay`."""
         self.state = replay(self.state, step)
 
 

@@ -1,4 +1,4 @@
-"""Restarted block Lanczos between two products: what to multiply, when to restart, when it ends."""
+"""The decisions of restarted block Lanczos: which block to multiply, when to restart and to end."""
 
 from __future__ import annotations
 
@@ -17,16 +17,27 @@ from .block_lanczos import BlockLanczos, Columns
 from .engine import Step
 
 MERIT = {"LM": np.abs, "LA": np.positive, "SA": np.negative}
-"""The wanted eigenvalues are those of greatest merit."""
+"""The merit of an eigenvalue for each ``which``. The wanted eigenvalues have the greatest merit."""
 
-_NOISE = 0.01  # of a warm start: a tenth or ten times as much changes the products needed by one
-_FEWEST_WARM = 3  # passes, for a large block of old eigenvectors converges before it looks around
-_FEWEST, _MOST = 2, 8  # steps of a search for copies; half of the run's steps, if that is more
-_MARGIN = 1.5  # residuals by which the search's Ritz values must stay below what is wanted
+# The random part of a warm start. A tenth of it, or ten times as much, changes the number of
+# products by one.
+_NOISE = 0.01
+
+# A warm start makes at least this many passes. Otherwise a large block of old eigenvectors would
+# converge before it has seen any new direction.
+_FEWEST_WARM = 3
+
+# Fewest and most steps of a search for copies. It may take half of the run's steps, if that is
+# more.
+_FEWEST = 2
+_MOST = 8
+
+# A search ends when its Ritz values stay below the wanted ones by this many residuals.
+_MARGIN = 1.5
 
 
 class Pairs(NamedTuple):
-    """The wanted Ritz pairs, values descending."""
+    """The wanted Ritz pairs, with descending values."""
 
     values: np.ndarray
     vectors: Block
@@ -39,12 +50,12 @@ class RestartedLanczos:
 
     Args:
       like: shapes, dtypes and shardings of one vector.
-      key: decides the random vectors.
-      rank: number of eigenpairs wanted.
+      key: random key of the random vectors.
+      rank: number of eigenpairs to find.
       which: a key of `MERIT`.
       tolerance: a pair has converged when its residual is at most tolerance x ||H||.
-      block_size: vectors in a product.
-      basis_size: vectors that the basis may hold.
+      block_size: number of vectors in a product.
+      basis_size: largest number of vectors in the basis.
     """
 
     def __init__(
@@ -57,30 +68,38 @@ class RestartedLanczos:
         block_size: int,
         basis_size: int,
     ) -> None:
-        self._rank, self._tolerance, self._merit = rank, tolerance, MERIT[which]
-        self._block_size, self._basis_size = block_size, basis_size
+        self._rank = rank
+        self._tolerance = tolerance
+        self._merit = MERIT[which]
+        self._block_size = block_size
+        self._basis_size = basis_size
         fresh, self._key = jax.random.split(key)
         self._z = BlockLanczos(like, fresh)
-        self._chosen: np.ndarray | None = None  # positions of the vectors whose product is next
+        self._chosen: np.ndarray | None = None  # positions of the vectors to multiply next
         self._rotations: list[np.ndarray] = []  # of the restarts since the last step
         self._saved_rotations: list[Any] = []  # of the step that is being replayed
-        self._num_newest = 0  # pending vectors that the last step or fresh start has added
-        self._believed: np.ndarray | None = None  # wanted values that a search started from
-        self._searched, self._most = 0, 0  # steps done in the search, and the most it may take
+        self._num_newest = 0  # number of pending vectors from the last step or fresh block
+        self._believed: np.ndarray | None = None  # the wanted values when the search began
+        self._searched = 0  # number of steps done in the search
+        self._most = 0  # the largest number of steps of the search
         self._searching = self._search_begins = False
         self.num_matvecs = self.num_passes = self.num_converged = 0
         self._fewest_passes = 1
         self.complete = False
 
     def begin(self, start: Block | None) -> None:
-        """Make the first block: random, or random combinations of ``start`` and a random vector."""
+        """Make the first block, at random or from random combinations of ``start``.
+
+        With ``start``, one of several vectors remains random.
+        """
         if start is None:
             self._z.add_random(self._block_size)
             return
         given, _ = trees.as_block(start, self._z.like, "start")
         if not bool(trees.all_finite(given)):
             raise ValueError(
-                "start holds entries that are not finite; expected vectors of a similar operator."
+                "start holds entries that are not finite; expected finite vectors, such as those "
+                "of a similar operator."
             )
         count = max(self._block_size - 1, 1)
         draw, noise = jax.random.split(self._key)
@@ -98,12 +117,11 @@ class RestartedLanczos:
         return self.num_passes
 
     def request(self) -> Block:
-        """The block to be multiplied next, after a restart where its products need the room."""
-        self._choose()
-        return self._z.vectors(self._chosen)
+        """The block to multiply next. There is a restart first if its products need the room."""
+        return self._z.vectors(self._choose())
 
     def take(self, product: Block) -> Step:
-        """Take the product, and judge what is known then."""
+        """Take the product, and decide how the run continues."""
         chosen = self._choose()
         try:
             columns = self._z.columns(chosen, product)
@@ -115,10 +133,10 @@ class RestartedLanczos:
         return Step(columns.vectors, scalars)
 
     def replay(self, step: Step) -> None:
-        """`take` from a saved step: the choices and the rotations are those of the first run.
+        """Do a saved step, with the choices and the rotations of the first run.
 
-        Another machine's eigh may choose other signs of eigenvectors, and what is saved belongs to
-        those of the first.
+        The eigh of another machine may choose other signs of eigenvectors, and the saved vectors
+        belong to the signs of the first run.
         """
         self._saved_rotations = step.scalars["rotations"]
         self._make_room()
@@ -128,14 +146,16 @@ class RestartedLanczos:
 
     def _join(self, chosen: np.ndarray, columns: Columns) -> None:
         self._num_newest = self._z.join(chosen, columns)
-        self._rotations, self._chosen = [], None
+        self._rotations = []
+        self._chosen = None
         self.num_matvecs += chosen.size
         self.num_passes += 1
         self._judge()
 
     def pairs(self) -> Pairs:
         """The wanted pairs as they are now."""
-        ritz, wanted = self._z.ritz(), self._wanted()
+        ritz = self._z.ritz()
+        wanted = self._wanted()
         wanted = wanted[np.argsort(-ritz.values[wanted], kind="stable")]
         residuals = ritz.residuals[wanted]
         converged = residuals <= self._tolerance * self._z.norm
@@ -143,14 +163,15 @@ class RestartedLanczos:
         return Pairs(ritz.values[wanted], vectors, residuals, converged)
 
     def _choose(self) -> np.ndarray:
-        """Positions of the pending vectors to be multiplied next."""
+        """Positions of the pending vectors to multiply next."""
         if self._chosen is None:
             self._make_room()
             self._chosen = self._z.pending[-self._num_newest :]
             if not self._searching:
-                # The directions in which the residuals of the unconverged pairs lie. These are all
-                # pending vectors, except after a search.
-                ritz, wanted = self._z.ritz(), self._wanted()
+                # Choose the directions in which the residuals of the unconverged pairs lie. These
+                # are all pending vectors, except after a search.
+                ritz = self._z.ritz()
+                wanted = self._wanted()
                 open_pairs = wanted[ritz.residuals[wanted] > self._tolerance * self._z.norm]
                 weight = np.linalg.norm(ritz.coupling[:, open_pairs], axis=1)
                 heaviest = np.argsort(-weight, kind="stable")[: self._block_size]
@@ -158,13 +179,15 @@ class RestartedLanczos:
         return self._chosen
 
     def _wanted(self, count: int | None = None) -> np.ndarray:
-        """Positions of the best Ritz pairs, ``rank`` of them unless told, the best first."""
+        """Positions of the best ``count`` Ritz pairs (default: ``rank``), with the best first."""
         merit = self._merit(self._z.ritz().values)
         return np.argsort(-merit, kind="stable")[: count or self._rank]
 
     def _judge(self) -> None:
-        """Have all wanted pairs converged, and is it likely that there are no others?"""
-        z, ritz, wanted = self._z, self._z.ritz(), self._wanted()
+        """Decide whether all wanted pairs have converged and others are unlikely to exist."""
+        z = self._z
+        ritz = z.ritz()
+        wanted = self._wanted()
         close = self._tolerance * z.norm
         self.num_converged = int(np.sum(ritz.residuals[wanted] <= close))
         self.complete = not z.pending.size  # the products of the whole space are known
@@ -178,23 +201,26 @@ class RestartedLanczos:
         )
         if self._searching and unchanged and self._may_still_enter(wanted, close):
             return
-        # A block of b vectors shows at most b copies of an eigenvalue. Where it shows so many there
-        # may be more: a fresh block, orthogonal to all that was found, is followed for a while.
+        # A block of b vectors finds at most b copies of an eigenvalue. If it finds b, there may be
+        # more. A fresh block, orthogonal to everything that was found, is then followed for some
+        # steps.
         sure = ritz.values[ritz.residuals <= close]
         copies = np.sum(np.abs(sure[:, None] - values) <= close, axis=0)
         if unchanged or copies.max() < self._block_size:
             self.complete = True
             return
-        self._believed, self._searched = values, 0
+        self._believed = values
+        self._searched = 0
         self._most = max(_MOST, self.num_passes // 2)
         self._searching = self._search_begins = True
 
     def _may_still_enter(self, wanted: np.ndarray, close: float) -> bool:
-        """Whether a Ritz value of the search may still exceed what is wanted, by its residual."""
+        """Whether a Ritz value of the search may still exceed a wanted one, given its residual."""
         self._searched += 1
         ritz = self._z.ritz()
         merit = self._merit(ritz.values)
-        # Residuals along the newest vectors alone: the other pairs are not the fresh block's.
+        # Only residuals along the newest vectors count. The others do not come from the fresh
+        # block.
         along = ritz.coupling[ritz.coupling.shape[0] - self._num_newest :]
         reach = merit + _MARGIN * np.linalg.norm(along, axis=0)
         others = np.setdiff1d(np.arange(merit.size), wanted)
@@ -203,7 +229,7 @@ class RestartedLanczos:
         return undecided and self._searched < self._most and self._num_newest > 0
 
     def _make_room(self) -> None:
-        """Begin a search, and restart where the next block's products would not fit."""
+        """Begin a search if it is due, and restart if the next products would not fit."""
         if self._search_begins:
             self._restart_if_full()
             self._num_newest = min(self._block_size, self._z.room)
@@ -212,10 +238,11 @@ class RestartedLanczos:
         self._restart_if_full()
 
     def _restart_if_full(self) -> None:
-        z, size = self._z, self._block_size
+        z = self._z
+        size = self._block_size
         if z.size + min(size, z.room) <= self._basis_size:
             return
-        # Half of the room for more pairs than are wanted: the next steps build on them.
+        # Half of the room keeps more pairs than are wanted, because the next steps build on them.
         spare = (self._basis_size - self._rank - 2 * size) // 2
         most = min(self._rank + spare, self._basis_size - z.pending.size - size)
         kept = max(self._rank, most)

@@ -1,4 +1,4 @@
-"""What a loss returns, the usual criteria, and sums over all the data."""
+"""The values that a loss may return, common criteria, and sums over all the data."""
 
 from .criteria import cross_entropy as cross_entropy
 from .criteria import mean_squared_error as mean_squared_error

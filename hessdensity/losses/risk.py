@@ -1,14 +1,14 @@
 """The mean loss over all the data, and any other sum over the data in one checked pass.
 
-This is the only place that iterates over data. A *kernel* says what is summed:
+This is the only place that iterates over data. A *kernel* defines the sum:
 
     kernel(loss, params, batch, *arguments) -> (Total, sums)
 
-``Total`` is the batch's loss, which the pass compares with the first pass; ``sums`` is a pytree of
-the batch's own sums over its examples. The risk compiles the kernel once, adds up over batches, and
-takes care of everything else: the selection of leaves, placement, microbatches, counts, shuffled or
-changing data, values that are not finite, processes with fewer batches, and models that refuse
-forward-mode differentiation.
+``Total`` is the batch's loss, which the pass compares with the first pass. ``sums`` is a pytree of
+sums over the batch's examples. The risk compiles the kernel once and adds up its sums over all
+batches. It also takes care of everything else: the selection of leaves, placement, microbatches,
+counts, shuffled or changing data, values that are not finite, processes with fewer batches, and
+models that do not allow forward-mode differentiation.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class EmpiricalRisk:
     """The mean loss over all examples of the data, as a function of selected parameters.
 
     Args:
-      loss: ``loss(params, batch)``, the mean over the batch's examples, or `Total`.
+      loss: ``loss(params, batch)``, the mean over the batch's examples, or a `Total`.
       params: pytree of parameters. float16 and bfloat16 leaves become float32.
       data: batches that can be iterated twice.
       where: the leaves that form the vector, as for `Hessian`.
       precision: matrix-product precision, as for ``jax.default_matmul_precision``.
       data_axis: the axis of the parameters' mesh over which the examples of a batch are split.
-      microbatch: the most examples of a batch that go through the model at once, per process.
+      microbatch: the most examples of a batch that go through the model together, per process.
 
     Raises:
       TypeError: data that cannot be iterated twice; a selected leaf that is not real.
@@ -86,7 +86,7 @@ class EmpiricalRisk:
         selected, self._held = self._selection.split(params)
         self.params = jax.tree.map(_differentiable, trees.named(selected), selected)
         # A pytree whose static part compares equal for equal models. The held leaves and statistics
-        # are arguments of the compiled programs, so that a new checkpoint compiles nothing.
+        # are arguments of the compiled programs, so that a new checkpoint needs no compilation.
         self.loss = jax.tree_util.Partial(self._selection, _as_partial(loss), self._held)
         self.like = trees.abstract(self.params)
         """Shapes, dtypes and shardings of one vector of parameters."""
@@ -105,15 +105,15 @@ class EmpiricalRisk:
         """The sum of a kernel over all batches, and the number of examples.
 
         Args:
-          kernel: a function that can be compiled, see the module. Two calls with the same function
-            share one program, so define it once, outside of loops.
+          kernel: a function that can be compiled; the module's docstring gives its signature. Calls
+            with the same function share one program, so define it once, outside of loops.
           arguments: pytrees of arrays, passed on to the kernel.
-          zero: where the sum starts. Its memory is taken over. None lets the first batch's value
-            start it, wherever the compiler places that.
-          what: names the sum in errors.
+          zero: the value at which the sum starts; its memory is reused. With None the sum starts at
+            the first batch's value, and the compiler decides where it is placed.
+          what: names the sum in error messages.
 
         Raises:
-          FloatingPointError: a value is not finite; names the batch.
+          FloatingPointError: a value is not finite. The message names the batch.
           RuntimeError: the data differ from those of the first pass.
 
         Cost: one pass over the data.
@@ -134,15 +134,17 @@ class EmpiricalRisk:
         Args:
           kernel: as for `sum`.
           arguments: for each part, the arguments of one or more calls of the kernel.
-          zeros: for each part and call, where its sum starts.
-          what: names the sum in errors.
+          zeros: for each part and call, the value at which its sum starts.
+          what: names the sum in error messages.
 
         Returns:
           For each part, the sum of each call; for each part, its number of examples.
 
         Raises:
           ValueError: a part has no examples.
-          RuntimeError: the data are shuffled, so that there are no parts; otherwise as `sum`.
+          RuntimeError: the data are shuffled, so that the parts would change in every pass; also
+            as for `sum`.
+          FloatingPointError: as for `sum`.
         """
         num_parts = len(arguments)
 
@@ -162,8 +164,8 @@ class EmpiricalRisk:
         if not all(count > 0 for count in counts):
             raise ValueError(
                 f"num_parts={num_parts}, but the {len(reports)} batches give the parts {counts} "
-                "examples; expected some in each. Take fewer parts, or cut the data into smaller "
-                "batches: hd.batches(arrays, batch_size)."
+                "examples; expected at least one in each part. Use fewer parts, or cut the data "
+                "into smaller batches: hd.batches(arrays, batch_size)."
             )
         return totals, counts
 
@@ -176,27 +178,28 @@ class EmpiricalRisk:
         initial: T,
         what: str = "a sum",
     ) -> tuple[T, list[Count]]:
-        """``value = combine(value, sums over one batch, its count)``, batch after batch in order.
+        """Apply ``value = combine(value, sums over a batch, its count)`` to all batches in order.
 
-        For what is not a plain sum over batches, such as their scatter. The pieces of a batch are
-        added up before.
+        This computes results that are not plain sums over batches, such as the batches' scatter.
+        The pieces of a batch are added up first.
 
         Args:
           kernel: as for `sum`.
           calls: the arguments of one or more calls of the kernel.
-          combine: from the value, the sums of each call, and the batch's count on the device.
+          combine: returns the next value from the present one, the sums of each call over a batch,
+            and the batch's count, which is on the device.
           initial: the value before the first batch.
-          what: names the sums in errors.
+          what: names the sums in error messages.
 
         Returns:
           The last value; the number of examples in each batch.
 
         Raises:
-          As `sum`.
+          FloatingPointError, RuntimeError: as for `sum`.
 
         Cost: one pass over the data.
         """
-        pending: list[Any] = []  # of the batch in work: its number, its sums, its count
+        pending: list[Any] = []  # number, sums and count of the batch being added up
 
         def finish(value: T) -> T:
             if not pending:
@@ -219,10 +222,13 @@ class EmpiricalRisk:
         return value, [report.count.item() for report in reports]
 
     def gradient(self, offset: Vector | None = None) -> Vector:
-        """Gradient of the mean loss at ``params + offset`` by the selected leaves, like ``like``.
+        """Gradient of the mean loss with respect to the selected leaves, a vector like ``like``.
+
+        Args:
+          offset: the gradient is taken at ``params + offset``; by default at ``params``.
 
         Raises:
-          FloatingPointError: it is not finite; names the batch.
+          FloatingPointError: the gradient is not finite. The message names the batch.
           RuntimeError: the data differ from those of the first pass.
 
         Cost: one pass over the data, one gradient for each batch.
@@ -238,42 +244,45 @@ class EmpiricalRisk:
     def differentiate(
         self, compute: Callable[[str], T], verify: Callable[[T, TypeError], None]
     ) -> T:
-        """``compute(mode)``, in the mode of differentiation that the model allows.
+        """Return ``compute(mode)`` for the mode of differentiation that the model allows.
 
-        Forward over reverse is the cheaper one. A ``custom_vjp`` in the model refuses it; reverse
-        over reverse is then exact, if the rule is a true, differentiable gradient.
+        Forward over reverse is cheaper, but JAX refuses it for a model with a ``custom_vjp``. Then
+        reverse over reverse is exact, provided that the rule is the true gradient and can itself be
+        differentiated.
 
         Args:
-          compute: from `FORWARD_OVER_REVERSE` or `REVERSE_OVER_REVERSE` to a result.
-          verify: raises if the first result in reverse over reverse is not a derivative. It gets
-            JAX's refusal as well.
+          compute: returns the result for `FORWARD_OVER_REVERSE` or `REVERSE_OVER_REVERSE`.
+          verify: gets the first result of reverse over reverse, and the error by which JAX refused
+            the other mode. It raises an error if the result is not a derivative.
         """
         try:
             return compute(self.mode)
         except TypeError as error:
-            # Only JAX's own refusal: a TypeError may as well be a mistake in the user's loss.
+            # Only JAX's own refusal is caught. Other TypeErrors are mistakes in the user's loss.
             if self.mode == REVERSE_OVER_REVERSE or not refuses_forward(error):
                 raise
             result = compute(REVERSE_OVER_REVERSE)
             verify(result, error)
             self.mode = REVERSE_OVER_REVERSE
             logger.warning(
-                "The model has a custom_vjp: products go reverse over reverse, exact but slower."
+                "The model has a custom_vjp, which excludes forward mode. Products are computed "
+                "by reverse over reverse: exact, but slower."
             )
             return result
 
-    # What is known of it --------------------------------------------------------------------------
+    # Restriction, description and memory ----------------------------------------------------------
 
     def restrict(self, where: Where) -> EmpiricalRisk:
-        """The risk as a function of fewer leaves: those of this one that match ``where``."""
+        """The risk as a function of fewer leaves: of its own leaves, those that match ``where``."""
         loss, params = self._source
-        names, chosen = trees.paths(self.like), select(self.like, where).chosen
+        names = trees.paths(self.like)
+        chosen = select(self.like, where).chosen
         kept = {name for name, selected in zip(names, chosen, strict=True) if selected}
         settings: dict[str, Any] = {"where": kept.__contains__, "precision": self.precision}
         return EmpiricalRisk(loss, params, self.passes, **settings)
 
     def _at(self, selected: Vector) -> EmpiricalRisk:
-        """The risk at other parameters. Its losses are others, so its first pass is its own."""
+        """The risk at other parameters. Its losses differ, so it has a first pass of its own."""
         settings: dict[str, Any] = {
             "where": set(trees.paths(self.like)).__contains__,
             "precision": self.precision,
@@ -282,7 +291,7 @@ class EmpiricalRisk:
         return EmpiricalRisk(self._source[0], whole, self.passes.forgetful(), **settings)
 
     def describe(self) -> dict[str, Any]:
-        """What it is; after the first pass also what its data were. JSON-serializable."""
+        """A description of the risk and, after the first pass, of its data. JSON-serializable."""
         return {
             "mode": self.mode,
             "precision": self.precision,
@@ -296,21 +305,23 @@ class EmpiricalRisk:
         return fingerprint((self.params, self.loss))
 
     def first_piece(self) -> PyTree:
-        """The first batch on the devices, or the first piece of it. Reads one batch."""
+        """The first batch on the devices, or its first piece if it is cut. Reads one batch."""
         _, piece = next(iter(self.passes))
         self._check(piece)
         return piece
 
     def temporary_bytes(self, kernel: Kernel, *arguments: PyTree, zero: PyTree) -> int:
-        """Bytes on each device that a kernel takes beside its arguments and its result.
+        """Bytes on each device that a kernel needs in addition to its arguments and its result.
 
-        Activations above all, of the largest piece of the first batch, as the compiler says; 0
-        where it does not say. `sum` then has nothing left to compile. Reads one batch.
+        These are mainly activations, for the first piece of the first batch. The number comes from
+        the compiler, and is 0 if the compiler gives none. Afterwards `sum` has nothing left to
+        compile. Reads one batch.
 
         Args:
           kernel: as for `sum`.
-          arguments: as for `sum`, or abstract ones, as uncommitted as the true ones will be.
-          zero: as for `sum`, or abstract.
+          arguments: as for `sum`, or their shapes. These carry a sharding if, and only if, the
+            arguments of `sum` will be committed to devices.
+          zero: as for `sum`, or its shapes.
         """
         piece = self.first_piece()
         with jax.default_matmul_precision(self.precision):
@@ -330,16 +341,16 @@ class EmpiricalRisk:
     ) -> tuple[T, list[BatchReport]]:
         """One pass, compared with the first: the last total, and one report for each batch.
 
-        ``program`` is the kernel that computes the losses of the reports, with its arguments.
+        ``program`` is the kernel that computes the losses in the reports, and its arguments.
         """
         kernel, arguments = program
         with jax.default_matmul_precision(self.precision):
             total, reports = self.passes.accumulate(step, total)
             total = finish(total)
             total_count(reports, what)
-            # Abstract: what is called later must not hold on to vectors.
-            first_loss = partial(self._first_loss, kernel, trees.abstract(arguments))
-            self.passes.record(reports, kernel, first_loss)
+            # Abstract arguments: this function is kept, and must not keep vectors in memory.
+            mean_loss = partial(self._mean_loss, kernel, trees.abstract(arguments))
+            self.passes.record(reports, kernel, mean_loss)
         return total, reports
 
     def _add(
@@ -349,7 +360,7 @@ class EmpiricalRisk:
         calls: list[tuple[PyTree, ...]],
         totals: list[PyTree],
     ) -> tuple[list[PyTree], BatchReport]:
-        """The totals of one or more calls of a kernel, with those of one piece of a batch."""
+        """Add the sums of one piece of a batch to the totals of one or more calls of a kernel."""
         self._check(piece)
         pairs = zip(calls, totals, strict=True)
         added = [add_batch(kernel, self.loss, self.params, piece, *pair) for pair in pairs]
@@ -358,20 +369,20 @@ class EmpiricalRisk:
         return [total for total, _ in added], reports[0]._replace(finite=finite)
 
     def _check(self, batch: PyTree) -> None:
-        """Refuse a batch or a loss without a mean, once for each shape, before compilation."""
+        """Check the loss on a batch before compilation, once for each shape of a batch."""
         leaves = jax.tree.leaves(batch)
         shapes = jax.tree.structure(batch), tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         if shapes not in self._checked:
             check_loss(self.loss, self.params, batch)
             self._checked.add(shapes)
 
-    def _first_loss(self, kernel: Kernel, arguments: PyTree) -> float:
-        """The mean loss of the first piece of data as a kernel's program computes it.
+    def _mean_loss(self, kernel: Kernel, arguments: PyTree, piece: PyTree) -> float:
+        """The mean loss of a piece of data, computed by the program of a kernel.
 
-        Two programs round differently, in bfloat16 visibly; some operations differ in every run.
-        The loss does not depend on the arguments: zeros stand for them.
+        Two programs round differently, which shows in bfloat16, and some operations differ from run
+        to run. The loss does not depend on the kernel's arguments, so zeros replace them.
         """
-        piece, zeros = self.first_piece(), trees.zeros(arguments)
+        zeros = trees.zeros(arguments)
         _, report = add_batch(kernel, self.loss, self.params, piece, zeros, None)
         return report.total.item() / (report.count.item() or 1)
 
@@ -380,7 +391,7 @@ class EmpiricalRisk:
             raise RuntimeError(
                 "data: the batches come in another order in every pass, so that a part of them "
                 "would not be the same examples twice. Pass shuffle=False to the loader, or give "
-                "it a list of the batches."
+                "a list of the batches."
             )
 
 
@@ -393,14 +404,14 @@ def add_batch(
     arguments: tuple[PyTree, ...],
     total: PyTree,
 ) -> tuple[PyTree, BatchReport]:
-    """(total + the kernel's sums over one batch, what the batch was): the compiled program."""
+    """The compiled program: the total plus a kernel's sums over one batch, and a report on it."""
     (batch_sum, count), sums = kernel(loss, params, batch, *arguments)
     report = BatchReport(batch_sum, count, trees.all_finite(sums))
     return (sums if total is None else trees.add(total, sums)), report
 
 
 def gradient_kernel(loss: Loss, params: Vector, batch: PyTree) -> tuple[Total, Vector]:
-    """The gradient of the sum of a batch's losses."""
+    """The kernel that computes the gradient of the sum of a batch's losses."""
 
     def value(params: Vector) -> tuple[jax.Array, Total]:
         total = batch_total(loss, params, batch)
@@ -416,7 +427,7 @@ def divide(tree: PyTree, count: Count) -> PyTree:
 
 
 def refuses_forward(error: TypeError) -> bool:
-    """Whether it is JAX's own refusal of forward mode through a custom_vjp."""
+    """Whether an error is JAX's own refusal of forward mode through a custom_vjp."""
     return "forward-mode" in str(error) and "custom_vjp" in str(error)
 
 
@@ -431,8 +442,8 @@ def _as_partial(loss: Loss) -> jax.tree_util.Partial:
         hash(loss)
     except TypeError:
         raise TypeError(
-            f"loss is a {type(loss).__name__} that cannot be hashed, which compilation needs; wrap "
-            "it in a function, def loss(params, batch): ..."
+            f"loss is a {type(loss).__name__} that cannot be hashed, but compilation needs its "
+            "hash; wrap it in a function, def loss(params, batch): ..."
         ) from None
     return jax.tree_util.Partial(loss)
 

@@ -1,4 +1,4 @@
-"""What a loss may return: the mean over a batch's examples, or a `Total`."""
+"""The two values that a loss may return: the mean over a batch's examples, or a `Total`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ Loss = Callable[[PyTree, PyTree], Any]
 
 
 class Total(NamedTuple):
-    """What a loss returns when its examples are masked or weighted: their sum, and what to divide
-    it by.
+    """The return value of a loss with masked or weighted examples: a sum and its divisor.
 
-    The Hessian is that of (sum of all batches' ``sum``) / (sum of all batches' ``count``).
+    The Hessian is that of (sum of ``sum`` over all batches) / (sum of ``count`` over all batches).
 
     Example:
       >>> Total(sum=jnp.sum(jnp.array([1.0, 2.0, 0.0])), count=2)
@@ -29,36 +28,37 @@ class Total(NamedTuple):
     sum: Any
     """Sum of the examples' losses, a scalar."""
     count: Any
-    """Number (or total weight) of the examples that count, a scalar that does not depend on the
-    parameters."""
+    """Number or total weight of the examples, a scalar that does not depend on the parameters."""
 
 
 def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
-    """The loss of a batch as a sum and a count: its mean weighted by the batch's length, or its own
-    `Total`."""
+    """The loss of a batch as a `Total`: the loss's own, or its mean times the batch's length.
+
+    The count has no derivative.
+    """
     value = loss(params, batch)
     if isinstance(value, Total):
         return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
     (count,) = set(leading_lengths(batch).values())
-    # A mean in bfloat16 times 257 would be 256 means.
+    # In bfloat16 the factor 257 would be rounded to 256.
     value = value.astype(jnp.float32) if value.dtype.itemsize < 4 else value
-    # The mean over no example is NaN, and weighs nothing.
+    # The mean over no examples is NaN, but its weight is 0.
     return Total(value * count if count else jnp.zeros_like(value), jnp.asarray(count))
 
 
 def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
-    """Refuse a loss or a batch from which no mean over examples can be taken.
+    """Refuse a loss or a batch for which the mean over examples is not defined.
 
     Raises:
-      TypeError: the loss returns something else than a scalar or a `Total`.
-      ValueError: it returns a mean, and the batch's leaves do not agree on the number of examples.
+      TypeError: the loss returns neither a real scalar nor a `Total` of scalars.
+      ValueError: it returns a mean, but the batch's leaves differ in their number of examples.
     """
     lengths = leading_lengths(batch)
     agree = len(set(lengths.values())) == 1 and None not in lengths.values()
     refusal = (
         "the batch's leaves have no common leading axis, so the number of examples behind the "
-        f"loss's mean is unknown: their lengths are {lengths}. Repair the batch, or return "
-        "hd.Total(sum, count) from the loss."
+        f"loss's mean is unknown: their lengths are {lengths}. Give all leaves the same leading "
+        "axis, or return hd.Total(sum, count) from the loss."
     )
     try:
         value = jax.eval_shape(loss, params, batch)
@@ -68,9 +68,8 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
         raise ValueError(f"the loss failed ({error}), and {refusal}") from error
     if not isinstance(value, Total) and not hasattr(value, "shape"):
         raise TypeError(
-            f"loss returned a {type(value).__name__}; expected the batch's mean loss, a scalar, or "
-            "hd.Total(sum, count). A loss made for has_aux=True must drop what it returns beside "
-            "the loss."
+            f"loss returned a {type(value).__name__}; expected the batch's mean loss (a scalar) or "
+            "hd.Total(sum, count). A loss written for has_aux=True must drop its auxiliary output."
         )
     parts = value._asdict() if isinstance(value, Total) else {"mean": value}
     for name, part in parts.items():
@@ -95,8 +94,7 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
 
 
 def is_whole(loss: Any) -> bool:
-    """Whether a loss says, by an attribute ``whole_batch = True``, that its batches must not be
-    cut."""
+    """Whether a loss has an attribute ``whole_batch = True``: its batches must not be cut."""
     while isinstance(loss, partial) and not hasattr(loss, "whole_batch"):
         loss = loss.func
     return bool(getattr(loss, "whole_batch", False))

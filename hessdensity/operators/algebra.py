@@ -1,4 +1,4 @@
-"""Operators made of other operators: wrappers, and principal blocks."""
+"""Operators made from other operators: wrappers and principal blocks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .protocol import OPTIONAL_MEMBERS, Operator, describe
 
 
 class Wrapper:
-    """An operator that stands for another one, and forwards all that it knows.
+    """An operator that wraps another one and forwards its members.
 
-    A subclass overrides what it does differently, ``@`` above all. An optional member of the
-    protocol is there if, and only if, the wrapped operator has it.
+    A subclass overrides the members in which it differs, usually ``@``. The wrapper has an optional
+    member of the protocol if, and only if, the wrapped operator has it.
     """
 
     def __init__(self, operator: Operator) -> None:
@@ -31,21 +31,21 @@ class Wrapper:
         return self._operator @ vectors
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what neither the instance nor its class has.
+        # Python calls this only for a name that neither the instance nor its class has.
         if name in OPTIONAL_MEMBERS:
             return getattr(self._operator, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def describe(self) -> dict[str, Any]:
-        """What the wrapped operator is."""
+        """The description of the wrapped operator."""
         return describe(self._operator)
 
 
 class CountingOperator(Wrapper):
-    """An operator that reports how many products it has done.
+    """An operator that reports the number of its products.
 
     Args:
-      operator: the operator.
+      operator: the operator that computes the products.
       report: called after each product with the number of its vectors.
     """
 
@@ -61,17 +61,18 @@ class CountingOperator(Wrapper):
 
 
 class Restricted(Wrapper):
-    """A principal block of an operator: the rows and columns of the leaves that match.
+    """A principal block of an operator: the rows and columns of the selected leaves.
 
-    For a `Hessian` the same as its ``where=``: the held leaves carry no tangents, which is cheaper
-    than a masked product. For any other operator, the full product of vectors padded with zeros.
+    For a `Hessian` this is the same as its ``where=``. The leaves held fixed carry no tangents,
+    which is cheaper than a product with padded vectors. For any other operator a product is a full
+    product with vectors padded with zeros.
 
     Args:
       operator: the operator.
-      where: a glob on paths, or a predicate, as for `Hessian`.
+      where: a glob on paths, or a predicate on the path, as for `Hessian`.
 
     Raises:
-      ValueError: nothing matches.
+      ValueError: no leaf matches.
 
     Example:
       >>> import jax.numpy as jnp, hessdensity as hd
@@ -87,12 +88,12 @@ class Restricted(Wrapper):
         super().__init__(restrict(where) if restrict else _Padded(operator, selection))
 
     def describe(self) -> dict[str, Any]:
-        """What the whole operator is, and the leaves of this block."""
+        """The description of the operator, and the leaves of this block."""
         return {**describe(self._operator), "restricted_to": trees.paths(self.like)}
 
 
 class _Padded(Wrapper):
-    """A principal block by products of the whole operator with vectors padded with zeros."""
+    """A principal block by products of the whole operator with zero-padded vectors."""
 
     def __init__(self, operator: Operator, selection: Selection) -> None:
         super().__init__(operator)

@@ -1,4 +1,4 @@
-"""From an operator to a dense matrix, and to SciPy."""
+"""Conversion of an operator to a dense matrix, and to a SciPy operator."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from .protocol import Operator
 
 
 def dense(operator: Operator, *, block_size: int = 64, max_size: int = 20_000) -> np.ndarray:
-    """The whole matrix, (n, n) float64 on the host, leaves in tree order. n products, for small n.
+    """The whole matrix (n, n) in float64 on the host, with the leaves in tree order.
 
     Args:
       operator: any operator.
-      block_size: vectors a product.
+      block_size: the number of vectors multiplied together.
       max_size: the largest n accepted.
 
     Raises:
-      ValueError: n > max_size.
+      ValueError: n > ``max_size``.
+
+    Cost: n products and n^2 entries of memory, so this is for small n.
 
     Example:
-      >>> dense(Matrix(np.diag([1.0, 2.0]))).tolist()
+      >>> import hessdensity as hd
+      >>> dense(hd.Matrix(np.diag([1.0, 2.0]))).tolist()
       [[1.0, 0.0], [0.0, 2.0]]
     """
     n = trees.size(operator.like)
     if n > max_size:
         raise ValueError(
-            f"operator has n = {n:,}: the dense matrix takes {8e-9 * n * n:.3g} GB and {n:,} "
-            "products. Use hd.spectral_density, or pass max_size= to insist."
+            f"operator has n = {n:,}, but max_size={max_size:,}. The dense matrix would take "
+            f"{8e-9 * n * n:.3g} GB and {n:,} products. Use hd.spectral_density, or pass a larger "
+            "max_size."
         )
     rows = [np.eye(min(block_size, n - start), n, start) for start in range(0, n, block_size)]
     return np.concatenate(
@@ -39,16 +43,20 @@ def dense(operator: Operator, *, block_size: int = 64, max_size: int = 20_000) -
 
 
 def to_scipy(operator: Operator) -> Any:
-    """The operator as a ``scipy.sparse.linalg.LinearOperator`` on flat vectors, leaves in tree
-    order.
+    """The operator as a SciPy operator on flat vectors, with the leaves in tree order.
+
+    Returns:
+      A ``scipy.sparse.linalg.LinearOperator`` of shape (n, n).
 
     Example:
-      >>> to_scipy(Matrix(np.diag([1.0, 2.0]))).matvec(np.ones(2)).tolist()
+      >>> import hessdensity as hd
+      >>> to_scipy(hd.Matrix(np.diag([1.0, 2.0]))).matvec(np.ones(2)).tolist()
       [1.0, 2.0]
     """
     from scipy.sparse.linalg import LinearOperator
 
-    n, like = trees.size(operator.like), operator.like
+    like = operator.like
+    n = trees.size(like)
 
     def matmat(columns: np.ndarray) -> np.ndarray:
         return trees.ravel(operator @ trees.unravel(columns.reshape(n, -1).T, like)).T

@@ -1,4 +1,4 @@
-"""Kernels of second derivatives: products of one batch's Hessian with a few vectors."""
+"""Kernels for second derivatives: products of one batch's Hessian with a few vectors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from hessdensity.losses.total import Loss, Total
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import Block, PyTree, Vector
 
-_GROUP = 4  # vectors in a program: they share the primal computation, but the program grows
+_GROUP = 4  # vectors in a program: they share the primal computation, but make it larger
 
 
 def group_size(like: Vector) -> int:
-    """The number of vectors that go through one program.
+    """The number of vectors that one program multiplies.
 
-    One where parameters are sharded, which is done for want of memory: several would share
-    activations and gathered weights, kept whole (35.6 GB instead of 8.8 on each device for a
-    transformer of 1e9 weights on 8, `benchmarks.sharding`).
+    It is 1 if parameters are sharded, because they are sharded when memory is short. Several
+    vectors would share activations and gathered weights, which would have to be kept whole: 35.6 GB
+    instead of 8.8 GB on each device, for a transformer of 1e9 weights on 8 devices
+    (`benchmarks.sharding`).
     """
     leaves = jax.tree.leaves(like)
     sharded = any(leaf.sharding and not leaf.sharding.is_fully_replicated for leaf in leaves)
@@ -32,7 +33,7 @@ def group_size(like: Vector) -> int:
 
 
 def _forward(loss: Loss, params: Vector, batch: PyTree, block: Block) -> tuple[Total, Block]:
-    """d/de grad(params + e v) at e = 0, by forward mode over reverse mode."""
+    """H v = d/de grad(params + e v) at e = 0, by forward mode over reverse mode."""
 
     def gradient(params: Vector) -> tuple[Vector, Total]:
         total, gradient = gradient_kernel(loss, params, batch)
@@ -40,19 +41,19 @@ def _forward(loss: Loss, params: Vector, batch: PyTree, block: Block) -> tuple[T
 
     vectors = _singles(block)
     if len(vectors) == 1:
-        # Not linearize, which keeps for the tangents whatever they need: rematerialized
-        # activations, gathered weights.
+        # Not linearize, which keeps everything that the tangents need: rematerialized activations
+        # and gathered weights.
         _, product, total = jax.jvp(gradient, (params,), (vectors[0],), has_aux=True)
         return total, trees.as_single(product)
-    # Not vmap: it turns the tangents of convolution kernels into batched convolutions, two to three
-    # times the time and 1.7 times the memory of the same products one by one. These share the
-    # primal computation too.
+    # Not vmap: it turns the tangents of convolution kernels into batched convolutions. These need
+    # two to three times the time and 1.7 times the memory of the same products one by one, which
+    # share the primal computation too.
     _, multiply, total = jax.linearize(gradient, params, has_aux=True)
     return total, trees.join([trees.as_single(multiply(vector)) for vector in vectors])
 
 
 def _reverse(loss: Loss, params: Vector, batch: PyTree, block: Block) -> tuple[Total, Block]:
-    """v^T d grad / d params, by reverse mode over reverse mode: H v, as H is symmetric."""
+    """v^T d grad / d params by reverse mode over reverse mode. It is H v, as H is symmetric."""
 
     def gradient(params: Vector) -> tuple[Vector, Total]:
         total, gradient = gradient_kernel(loss, params, batch)
@@ -74,14 +75,13 @@ def _reverse_forms(loss: Loss, params: Vector, batch: PyTree, block: Block) -> t
 
 
 PRODUCTS: dict[str, Kernel] = {FORWARD_OVER_REVERSE: _forward, REVERSE_OVER_REVERSE: _reverse}
-"""(loss, params, batch, block) -> the products H v of the sum of the batch's losses."""
+"""Kernels (loss, params, batch, block) for the products H v, with H of the sum of losses."""
 
 FORMS: dict[str, Kernel] = {
     FORWARD_OVER_REVERSE: _forward_forms,
     REVERSE_OVER_REVERSE: _reverse_forms,
 }
-"""(loss, params, batch, block) -> the quadratic forms v.Hv of the sum of the batch's losses: (k,).
-"""
+"""Kernels (loss, params, batch, block) for the quadratic forms v.Hv (k,), with the same H."""
 
 
 def _singles(block: Block) -> list[Vector]:

@@ -1,4 +1,4 @@
-"""The Hessian of a mean loss over all the data, as an operator: exact products, by differentiation."""
+"""The Hessian of a mean loss over all the data, as an operator with exact products."""
 
 from __future__ import annotations
 
@@ -23,56 +23,60 @@ from hessdensity.vectors.trees import Block, PyTree, Vector
 
 from .derivatives import FORMS, PRODUCTS, group_size
 
-_ASYMMETRY = 0.05  # of a product, from which a custom_vjp rule counts as no derivative
+_ASYMMETRY = 0.05  # above this relative asymmetry, a custom_vjp rule is not a derivative
 
 
 class Hessian:
     """The Hessian of the mean loss over all examples of the data, as an operator.
 
-    H v = (1/N) sum over batches of d/de grad[sum of the batch's losses](params + e v) at e = 0, by
-    forward-over-reverse
-    differentiation (Pearlmutter 1994): exact, one pass over the data for a whole block of vectors,
-    and some two gradients' cost a vector. N counts examples: uneven batches are weighted as they
-    should.
+    With N the number of examples, the products are
+
+        H v = (1/N) sum over batches of d/de grad[sum of the batch's losses](params + e v) at e = 0,
+
+    computed by forward-over-reverse differentiation (Pearlmutter 1994). They are exact. A whole
+    block of vectors takes one pass over the data, and each vector costs about two gradients.
+    Batches are weighted by their number of examples.
 
     Args:
-      loss: ``loss(params, batch)``, the mean over the batch's examples, or `Total` where examples
-        are masked or weighted. Batches may be cut into pieces. If examples of a batch depend on
-        each other (batch statistics), tell so by an attribute, ``loss.whole_batch = True``, as the
-        adapters do; then they are not.
-      params: pytree of parameters. float16 and bfloat16 leaves become float32 here (their tangents
-        must be); a model that computes in a shorter dtype goes on doing so.
-      data: batches that can be iterated twice: a list, `batches`, a loader object, a function
-        returning an iterator.
-      where: the leaves that form the vector, the others being held fixed: a glob on paths such as
-        ``"Dense_0/*"``, or a predicate on the path. All by default.
-      precision: matrix-product precision, as for ``jax.default_matmul_precision``. Accelerators
-        otherwise shorten float32 products, an error of 1e-3 in H v. A ``precision=`` written in the
-        model wins over it.
-      data_axis: the axis of the parameters' mesh over which the examples of a batch are split; what
-        it does not divide goes to every device. None, or a mesh without that axis: batches go to
-        every device whole. Arrays that you have placed stay where they are. In several processes a
-        batch is the rows of them all, each giving its own.
-      microbatch: most examples of a batch that go through the model at once, per process (one a
-        device at least): less memory, the same sums.
+      loss: ``loss(params, batch)``, the mean over the batch's examples, or a `Total` if examples
+        are masked or weighted. Batches may be cut into pieces, unless the loss has an attribute
+        ``loss.whole_batch = True``. Set it if the examples of a batch depend on each other (batch
+        statistics), as the adapters do.
+      params: pytree of parameters. float16 and bfloat16 leaves become float32 here, because their
+        tangents must be float32. A model that computes in a shorter dtype still does so.
+      data: batches that can be iterated twice: a list, `batches`, a loader object, or a function
+        that returns an iterator.
+      where: the leaves that form the vector, as a glob on paths such as ``"Dense_0/*"``, or a
+        predicate on the path. The other leaves are held fixed. By default all leaves are selected.
+      precision: matrix-product precision, as for ``jax.default_matmul_precision``. By their own
+        default, accelerators compute float32 products in lower precision, which causes an error of
+        1e-3 in H v. A ``precision=`` written in the model takes precedence.
+      data_axis: the axis of the parameters' mesh over which the examples of a batch are split.
+        Examples left over because the axis does not divide their number go to every device. With
+        None, or a mesh without that axis, all batches go to every device whole. Arrays that you
+        have placed stay where they are. With several processes a batch consists of the rows of all
+        of them, and each process gives its own rows.
+      microbatch: the most examples of a batch that go through the model together, per process, but
+        at least one per device. It saves memory, and the sums are the same.
 
     Raises:
-      TypeError: data that cannot be iterated twice; a selected leaf that is not real.
-      ValueError: ``where`` matches nothing; an unknown ``precision``; ``microbatch`` with a loss of
-        whole batches.
-      ValueError (in a product): params and a batch on different devices; a batch that must not be
-        cut, but does not divide evenly; processes whose batches do not fit together.
-      RuntimeError (in a product): the data differ from the first pass's.
-      FloatingPointError (in a product): a product is not finite; names the batch.
+      TypeError: the data cannot be iterated twice, or a selected leaf is not real.
+      ValueError: ``where`` matches nothing, ``precision`` is unknown, or ``microbatch`` is given
+        for a loss of whole batches.
+      ValueError (in a product): params and a batch are on different devices, a batch that must not
+        be cut is not evenly divisible, or the batches of several processes do not fit together.
+      RuntimeError (in a product): the data differ from those of the first pass.
+      FloatingPointError (in a product): a product is not finite. The message names the batch.
 
-    Cost: a product with k vectors is one pass over the data; memory k vectors beside the model's
-    own for k tangents. ``jax.checkpoint`` around the blocks of a model trades activations for
-    further forward passes and changes nothing else (on CPU in scanned blocks only: there the
-    compiler undoes it in others).
+    Cost: a product with k vectors is one pass over the data. It takes the memory of k vectors, and
+    the model's own memory for k tangents. ``jax.checkpoint`` around the blocks of a model trades
+    activations for further forward passes, and changes nothing else. (On CPU it helps only in
+    scanned blocks. Elsewhere the CPU compiler undoes it.)
 
     Example:
       >>> loss = lambda w, batch: jnp.mean(jnp.sum(batch * w, axis=1) ** 2)
-      >>> hessian = Hessian(loss, jnp.zeros(2), [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[0.0, 0.0]])])
+      >>> data = [jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.array([[0.0, 0.0]])]
+      >>> hessian = Hessian(loss, jnp.zeros(2), data)
       >>> print(3 * (hessian @ jnp.ones(2)))
       [2. 8.]
     """
@@ -99,12 +103,14 @@ class Hessian:
         )
         """The mean loss whose Hessian this is."""
         self.like = self.risk.like
+        """Shapes, dtypes and shardings of one vector."""
 
     @classmethod
     def of(cls, risk: EmpiricalRisk) -> Hessian:
-        """The Hessian of a risk."""
+        """The Hessian of an `EmpiricalRisk`."""
         self = cls.__new__(cls)
-        self.risk, self.like = risk, risk.like
+        self.risk = risk
+        self.like = risk.like
         return self
 
     @property
@@ -114,7 +120,7 @@ class Hessian:
 
     @property
     def mode(self) -> str:
-        """How products are taken: forward over reverse, or where the model refuses that, reverse."""
+        """The mode of differentiation: forward over reverse, or reverse over reverse."""
         return self.risk.mode
 
     def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
@@ -126,15 +132,17 @@ class Hessian:
         """Products with the Hessians of disjoint parts of the data: batch i is in part i modulo J.
 
         Args:
-          block: J k vectors, those of a part together.
+          block: J k vectors, ordered by part: k vectors for each part.
           num_parts: J.
 
         Returns:
-          The products, each the mean over its part's examples; the parts' numbers of examples.
+          The products, each the mean over the examples of its part; the number of examples in each
+          part.
 
         Raises:
-          ValueError: fewer batches than parts; a part without examples.
-          RuntimeError: the data come in another order in every pass, so that there are no parts.
+          ValueError: there are fewer batches than parts, or a part has no examples.
+          RuntimeError: the data come in another order in every pass, so that the parts would
+            change.
 
         Cost: one pass over the data with k vectors.
         """
@@ -148,10 +156,12 @@ class Hessian:
         return self.risk.differentiate(products, verify)
 
     def forms_by_batch(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
-        """v.H_b v for the Hessian H_b of each batch's mean loss, of the batches with any example.
+        """The quadratic forms v.H_b v, where H_b is the Hessian of the mean loss of batch b.
+
+        Batches without examples are left out.
 
         Returns:
-          (batches, k) float64; (batches,) numbers of examples.
+          The forms, (batches, k) float64; the numbers of examples, (batches,).
 
         Cost: one pass over the data with k vectors.
         """
@@ -177,34 +187,40 @@ class Hessian:
         return (rows / np.where(counts > 0, counts, 1)[:, None])[counts > 0], counts[counts > 0]
 
     def restrict(self, where: Where) -> Hessian:
-        """The Hessian of fewer leaves, those of this one that match ``where``; the others join the
-        held ones."""
+        """The Hessian of fewer leaves: of its own leaves, those that match ``where``."""
         return Hessian.of(self.risk.restrict(where))
 
     def gradient(self, offset: Vector | None = None) -> Vector:
-        """Gradient of the mean loss at ``params + offset`` by the selected leaves, like ``like``.
+        """Gradient of the mean loss with respect to the selected leaves, a vector like ``like``.
+
+        Args:
+          offset: the gradient is taken at ``params + offset``; by default at ``params``.
 
         Raises:
-          FloatingPointError: it is not finite; names the batch.
+          FloatingPointError: the gradient is not finite. The message names the batch.
 
         Cost: one pass over the data, one gradient for each batch.
         """
         return self.risk.gradient(offset)
 
     def describe(self) -> dict[str, Any]:
-        """What this operator is; after the first product also what its data were.
-        JSON-serializable."""
+        """A description of this operator and, after the first product, of its data.
+
+        The dictionary is JSON-serializable.
+        """
         return {"kind": "Hessian", **self.risk.describe()}
 
     def temporary_bytes(self, num_vectors: int) -> int:
-        """Bytes on each device that a product with ``num_vectors`` takes beside its arguments and
-        results.
+        """Bytes on each device that a product needs in addition to its arguments and results.
 
-        Activations above all, of the largest piece of the first batch, as the compiler says. The
-        product itself then has nothing left to compile. Reads one batch."""
+        These are mainly activations, for the first piece of the first batch. The number comes from
+        the compiler. Afterwards a product with ``num_vectors`` vectors has nothing left to compile.
+        Reads one batch.
+        """
 
-        # Described, not made: whoever asks may be about to find out that they do not fit. And as
-        # uncommitted as the vectors themselves will be, or the program would be another.
+        # Descriptions instead of arrays, because the caller may be about to find out that the
+        # vectors do not fit. They must be uncommitted if the vectors will be, because the program
+        # would be a different one otherwise.
         def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             shape = min(num_vectors, group_size(self.like)), *leaf.shape
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=trees.stacked_sharding(leaf, 1))
@@ -233,10 +249,10 @@ class Hessian:
     def _check_symmetry(
         self, block: Block, product: Block, num_parts: int, cause: TypeError
     ) -> None:
-        """v.H(Hv) = Hv.Hv, a test of symmetry that needs no random vectors.
+        """Check that v.H(Hv) = Hv.Hv, a test of symmetry that needs no random vectors.
 
-        A custom_vjp rule need not be the derivative of anything (clipped gradients): there is no
-        Hessian then.
+        A custom_vjp rule need not be the derivative of any function: it may clip gradients, for
+        example. Then there is no Hessian.
         """
         again, _ = self._multiply(product, REVERSE_OVER_REVERSE, num_parts)
         left, right = (
@@ -248,7 +264,7 @@ class Hessian:
             rules = sorted(set(re.findall(r"custom_vjp_call\S*\s+name=(\w+)", str(jaxpr))))
             raise ValueError(
                 f"loss: a custom_vjp rule in the model ({', '.join(rules)}) is not the derivative "
-                f"of a differentiable gradient, so that there is no Hessian: v.H(Hv) = {left} but "
-                f"Hv.Hv = {right}. Leave the rule out of the loss, or use a plain JAX "
+                "of a function that can be differentiated twice, so there is no Hessian: v.H(Hv) = "
+                f"{left}, but Hv.Hv = {right}. Leave the rule out of the loss, or use a plain JAX "
                 "implementation of the operation."
             ) from cause

@@ -20,12 +20,12 @@ class Matrix:
     """A symmetric matrix as an operator, for tests, notebooks and small problems.
 
     Args:
-      array: (n, n), symmetric; real.
+      array: a real, symmetric array (n, n).
 
     Raises:
       ValueError: the array is not square, not real or not symmetric to rounding.
 
-    Cost: n^2 a product.
+    Cost: n^2 operations for the product with one vector.
 
     Example:
       >>> Matrix(np.diag([1.0, 2.0])) @ jnp.ones(2)
@@ -40,13 +40,15 @@ class Matrix:
             or not jnp.issubdtype(array.dtype, jnp.floating)
         ):
             raise ValueError(
-                f"array is {array.dtype}{list(array.shape)}; expected a real floating-point (n, n)."
+                f"array is {array.dtype}{list(array.shape)}; expected a real floating-point array "
+                "of shape (n, n)."
             )
-        gap, size = float(jnp.max(jnp.abs(array - array.T))), float(jnp.max(jnp.abs(array)))
+        gap = float(jnp.max(jnp.abs(array - array.T)))
+        size = float(jnp.max(jnp.abs(array)))
         if gap > 64 * float(jnp.finfo(array.dtype).eps) * size:
             raise ValueError(
-                f"array differs from its transpose by {gap:.3g}; expected a symmetric one: (a + "
-                "a.T) / 2."
+                f"array differs from its transpose by {gap:.3g}; expected a symmetric array, such "
+                "as (a + a.T) / 2."
             )
         self.like = jax.ShapeDtypeStruct(array.shape[:1], array.dtype)
         self._multiply: Callable[[jax.Array], jax.Array] = partial(_dense_product, array)
@@ -54,17 +56,22 @@ class Matrix:
 
     @classmethod
     def from_eigenvalues(cls, values: Any, key: jax.Array) -> Matrix:
-        """Q diag(values) Q^T, Q a product of three random Householder reflections: O(n) a product
-        and in memory.
+        """Q diag(values) Q^T, where Q is a product of three random Householder reflections.
 
         Args:
           values: (n,) eigenvalues.
-          key: decides the eigenvectors.
+          key: JAX random key, which determines the eigenvectors.
+
+        Raises:
+          ValueError: ``values`` is not a real floating-point array (n,).
+
+        Cost: O(n) operations for the product with one vector, and O(n) memory.
         """
         values = jnp.asarray(values)
         if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.floating):
             raise ValueError(
-                f"values is {values.dtype}{list(values.shape)}; expected real floating-point (n,)."
+                f"values is {values.dtype}{list(values.shape)}; expected a real floating-point "
+                "array of shape (n,)."
             )
         self = cls.__new__(cls)
         self.like = jax.ShapeDtypeStruct(values.shape, values.dtype)
@@ -79,7 +86,7 @@ class Matrix:
         return product[0] if single else product
 
     def describe(self) -> dict[str, Any]:
-        """What this operator is."""
+        """A description of this operator. JSON-serializable."""
         return {"kind": "Matrix", "entries": self._entries}
 
 
@@ -105,13 +112,18 @@ def _reflected_product(values: jax.Array, reflectors: jax.Array, block: jax.Arra
 class FunctionOperator:
     """A function as an operator.
 
+    A class of your own, with ``like`` and ``@`` on blocks, can multiply all vectors together.
+
     Args:
-      matvec: one vector, a pytree like ``like``, to its product. It must be linear and symmetric
-        (`verify_operator`). It is called once a vector, outside of any compilation: it may be NumPy
-        code; jit it yourself where it is JAX.
+      matvec: maps one vector, a pytree like ``like``, to its product. It must be linear and
+        symmetric (check it with `verify_operator`). It is called once for each vector, outside of
+        any compilation, so it may be NumPy code. If it is JAX code, compile it with ``jax.jit``.
       like: pytree of arrays or ``jax.ShapeDtypeStruct``: shapes and dtypes of one vector.
 
-    A class of your own, with ``like`` and ``@`` on blocks, can take all vectors at once.
+    Raises:
+      TypeError: a leaf of ``like`` is neither float32 nor float64.
+      ValueError (in a product): the result of ``matvec`` differs from ``like`` in structure, shape
+        or dtype.
 
     Example:
       >>> operator = FunctionOperator(lambda v: {"w": 2 * v["w"]}, {"w": jnp.zeros(3)})
@@ -142,5 +154,5 @@ class FunctionOperator:
         return products[0] if single else jax.tree.map(lambda *leaves: jnp.stack(leaves), *products)
 
     def describe(self) -> dict[str, Any]:
-        """What this operator is."""
+        """A description of this operator. JSON-serializable."""
         return {"kind": "FunctionOperator"}

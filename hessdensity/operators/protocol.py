@@ -17,7 +17,7 @@ from hessdensity.vectors.trees import Block, Vector
 
 
 class Operator(Protocol):
-    """What the algorithms ask of an operator."""
+    """The members of an operator that the algorithms need."""
 
     @property
     def like(self) -> Vector:
@@ -28,22 +28,22 @@ class Operator(Protocol):
 
 
 OPTIONAL_MEMBERS = {
-    "describe": "() -> dict: what it is; recorded in results, compared when a run is resumed",
+    "describe": "() -> dict: a description, recorded in results, compared when a run is resumed",
     "restrict": "(where) -> operator: a principal block, cheaper than products of padded vectors",
     "temporary_bytes": "(num_vectors) -> int: memory of a product beside vectors and weights",
-    "params": "the parameters at which it is taken, a vector",
+    "params": "the parameters at which derivatives are taken, a vector",
     "gradient": "(offset=None) -> vector: gradient of the loss at params + offset",
 }
-"""Members that are used where an operator has them. A `Wrapper` forwards them."""
+"""Members that are used if an operator has them. A `Wrapper` forwards them."""
 
 
 def check(operator: Operator, key: jax.Array | None = None) -> int:
-    """The dimension n of an operator's vectors.
+    """Check an operator, and return the dimension n of its vectors.
 
     Raises:
       TypeError: ``operator`` lacks ``like`` or ``@``, or its vectors are not float32 or float64, or
         ``key`` is not a JAX random key.
-      ValueError: its vectors hold no entries.
+      ValueError: its vectors have no entries.
     """
     if not hasattr(operator, "like") or not hasattr(operator, "__matmul__"):
         raise TypeError(
@@ -61,13 +61,13 @@ def check(operator: Operator, key: jax.Array | None = None) -> int:
     n = trees.size(operator.like)
     if not n:
         raise ValueError(
-            "operator.like holds no entries; expected vectors of at least one dimension."
+            "operator.like has no entries; expected vectors of at least one dimension."
         )
     return n
 
 
 def check_key(key: Any) -> None:
-    """Refuse what is not a JAX random key."""
+    """Raise TypeError if ``key`` is not a JAX random key."""
     if not isinstance(key, jax.Array):
         raise TypeError(
             f"key is a {type(key).__name__}; expected a JAX random key, such as jax.random.key(0)."
@@ -75,7 +75,7 @@ def check_key(key: Any) -> None:
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """Refuse what is not a whole number from ``least`` on."""
+    """Raise ValueError if ``value`` is not a whole number from ``least`` to ``most``."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
         allowed = f"of at least {least}" if most is None else f"from {least} to {most:,}"

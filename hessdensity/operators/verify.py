@@ -1,4 +1,4 @@
-"""Is this operator what it says? Four identities that a Hessian satisfies and most mistakes do not."""
+"""Check an operator by four identities that a Hessian satisfies and most mistakes violate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .protocol import Operator
 
 @dataclass(frozen=True)
 class Check:
-    """One identity: how far the operator is from it, relative to the norms involved."""
+    """One identity, and the operator's error in it relative to the norms involved."""
 
     name: str
     error: float
@@ -26,13 +26,13 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within what rounding explains; a NaN is not."""
+        """Whether the error is at most the allowed one. A NaN is a failure."""
         return self.error <= self.allowed
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The report of `verify_operator`; ``print`` it. True where all checks passed."""
+    """The report of `verify_operator`, to be printed. It is true if all checks passed."""
 
     checks: tuple[Check, ...]
 
@@ -53,35 +53,36 @@ class Verification:
             )
             for check in self.checks
         ]
-        verdict = f"fails: {', '.join(self.failures)}" if self.failures else "holds in all checks"
+        verdict = f"fails: {', '.join(self.failures)}" if self.failures else "passes all checks"
         return "\n".join([f"The operator {verdict}", *table(rows, left={0, 1, 2})])
 
 
 def verify_operator(
     operator: Operator, key: jax.Array, *, tolerance: float | None = None
 ) -> Verification:
-    """Check an operator: symmetric, linear, the same twice, and the derivative of its gradient.
+    """Check that an operator is linear, symmetric, repeatable and the derivative of its gradient.
 
-    Peers have shipped products taken at the wrong point and batches summed instead of averaged;
-    both fail the last check.
+    Other libraries have shipped products at the wrong point, and sums over batches instead of
+    means. Both mistakes fail the last check.
 
     Args:
-      operator: any operator. The finite-difference check needs a `Hessian`, or a class with its
-        ``params`` and ``gradient(offset)``.
+      operator: any operator. The last check compares with finite differences of gradients. It
+        needs a `Hessian`, or a class that also has ``params`` and ``gradient(offset)``.
       key: JAX random key for the test vectors.
-      tolerance: allowed relative error of the first three (default: 1e-3 in float32, 1e-9 in
-        float64; a model computing in bfloat16 needs about 0.05). Finite differences are allowed
-        0.01, or as much as they differ among themselves, for they cross the kinks of a ReLU.
+      tolerance: allowed relative error of the first three checks. The default is 1e-3 in float32
+        and 1e-9 in float64; a model that computes in bfloat16 needs about 0.05. The last check
+        allows 0.01, or as much as the finite differences differ from each other, because they cross
+        the kinks of a ReLU.
 
     Returns:
-      `Verification`, falsy if a check failed.
+      A `Verification`, which is false if a check failed.
 
     Example:
       >>> import hessdensity as hd
       >>> bool(verify_operator(hd.Matrix(np.diag([1.0, 2.0, 3.0])), jax.random.key(0)))
       True
 
-    Cost: 6 products, and 2 to 10 gradients for the finite difference.
+    Cost: 6 products, and 2 to 10 gradients for the finite differences.
     """
     like = operator.like
     epsilon = trees.epsilon(like)
@@ -95,8 +96,9 @@ def verify_operator(
         operator @ trees.as_single(jax.tree.map(lambda x, y: 2 * x - 3 * y, u, v))
     )[0].astype(float)
     size = float(np.linalg.norm(products, axis=1).max()) or 1.0
-    # Along w = Hu, which leans to the large eigenvalues. Two random vectors would be of no use:
-    # u.Hv is small for large n, and so is its difference from v.Hu, symmetric or not.
+    # Symmetry is tested with u and Hu, which lies mainly along eigenvectors of large eigenvalues.
+    # Two random vectors u and v would be useless: for large n, u.Hv and v.Hu are both small, and so
+    # is their difference, whether H is symmetric or not.
     length = float(np.linalg.norm(products[0])) or 1.0
     direction = products[:1] / length
     curvature = trees.ravel(operator @ trees.unravel(direction, like))[0].astype(float)
@@ -122,16 +124,19 @@ def verify_operator(
 def _compare_with_differences(
     operator: Any, row: np.ndarray, expected: np.ndarray
 ) -> tuple[float, float]:
-    """(relative distance of a product from the closest central difference of gradients, what of it
-    is allowed)."""
+    """Compare a product with central differences of gradients.
+
+    Returns:
+      The relative distance of the product from the closest difference; the allowed distance.
+    """
     like = operator.like
     epsilon = trees.epsilon(like)
     length = float(trees.norm(trees.as_single(operator.params))[0]) or 1.0
     differences: list[np.ndarray] = []
     errors: list[float] = []
-    # 1/3 balances truncation against rounding for a smooth loss. Every kink of a ReLU within a step
-    # adds a jump over the step, so that such a network wants the smallest step that rounding
-    # allows.
+    # For a smooth loss the exponent 1/3 balances truncation against rounding. Every kink of a ReLU
+    # within a step adds a jump divided by the step, so such a network needs the smallest step that
+    # rounding allows.
     for exponent in (5 / 6, 3 / 4, 2 / 3, 1 / 2, 1 / 3):
         step = epsilon**exponent * length
         up, down = (
@@ -147,8 +152,8 @@ def _compare_with_differences(
         )
         if errors[-1] <= 0.01:
             return errors[-1], 0.01
-    # Differences that agree with each other better than with the product accuse the product; kinks
-    # and rounding make them disagree, and are forgiven as far as they do.
+    # If the differences agree with each other better than with the product, the product is wrong.
+    # Kinks and rounding make the differences disagree, and that much is allowed to the product.
     gaps = [_norm(a - b) / (_norm(a) or 1.0) for a, b in itertools.pairwise(differences)]
     return min(errors), min(0.1, max(0.01, 2 * min(gaps)))
 

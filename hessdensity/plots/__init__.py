@@ -1,4 +1,4 @@
-"""Draw results on a matplotlib ``Axes``: the only wing that imports matplotlib."""
+"""Draw results on a matplotlib ``Axes``. Only this wing imports matplotlib."""
 
 from .axes import formats as formats
 from .density import plot_cumulative as plot_cumulative

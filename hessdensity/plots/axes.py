@@ -1,11 +1,11 @@
-"""What all plots share: an ``Axes``, its scales, and the protocols of what can be drawn.
+"""Shared by all plots: an ``Axes``, its scales, and the protocols of objects that can be drawn.
 
 This wing imports no result type, so that a result can draw itself.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,46 +21,63 @@ LINSCALE = 0.6
 class Curve(Protocol):
     """An estimate at many points: its value as an array, between ``lower`` and ``upper``."""
 
-    lower: Any
-    upper: Any
+    @property
+    def lower(self) -> Any:
+        """The lower ends of the intervals, an array."""
+
+    @property
+    def upper(self) -> Any:
+        """The upper ends of the intervals, an array."""
 
     def __array__(self) -> np.ndarray: ...
 
 
 class Measure(Protocol):
-    """What is drawn of a `SpectralDensity` or a `SpectralMeasure`."""
+    """The members of a `SpectralDensity` or a `SpectralMeasure` that are drawn."""
 
-    random: bool
-    rules: Any
-    dimension: int
-
-    @property
-    def nodes(self) -> np.ndarray: ...
+    random: ClassVar[bool]
+    """Whether the rules come from random probes."""
 
     @property
-    def bandwidth(self) -> float: ...
+    def rules(self) -> Any:
+        """One `Rule` for each probe."""
 
     @property
-    def extent(self) -> tuple[float, float]: ...
+    def dimension(self) -> int:
+        """The number n of eigenvalues."""
 
-    def pdf(self, x: Any, bandwidth: float | None = None) -> Curve: ...
+    @property
+    def nodes(self) -> np.ndarray:
+        """The nodes of all rules, in eigenvalue units."""
 
-    def cdf(self, x: Any) -> Curve: ...
+    @property
+    def bandwidth(self) -> float:
+        """The default standard deviation of the smoothing, in eigenvalue units."""
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """The smallest and the largest node, in eigenvalue units."""
+
+    def pdf(self, x: Any, bandwidth: float | None = None) -> Curve:
+        """The smoothed density at x."""
+
+    def cdf(self, x: Any) -> Curve:
+        """The share of eigenvalues up to x."""
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    """The given Axes, or those of a new figure of this size, in inches."""
+    """The given Axes, or the Axes of a new figure of this size in inches."""
     return ax if ax is not None else plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def check_scale(x_scale: str) -> None:
-    """Refuse an unknown scale."""
+    """Raise ValueError if the scale is unknown."""
     if x_scale not in ("linear", "symlog"):
         raise ValueError(f"x_scale={x_scale!r}, expected 'linear' or 'symlog'.")
 
 
 def finish(ax: Axes, x_scale: XScale, linear_within: float) -> Axes:
-    """Scale and label the eigenvalue axis, and add the legend."""
+    """Set the scale and the label of the eigenvalue axis, and add the legend."""
     if x_scale == "symlog":
         ax.set_xscale("symlog", linthresh=linear_within, linscale=LINSCALE)
         ax.xaxis.set_major_locator(symlog_ticks(linear_within))
@@ -70,7 +87,7 @@ def finish(ax: Axes, x_scale: XScale, linear_within: float) -> Axes:
 
 
 def symlog_ticks(linear_within: float) -> SymmetricalLogLocator:
-    """Ticks at powers of ten outside of the linear part."""
+    """Ticks at the powers of ten outside of the linear part."""
     return SymmetricalLogLocator(base=10, linthresh=10 ** np.ceil(np.log10(linear_within)))
 
 

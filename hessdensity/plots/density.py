@@ -1,4 +1,4 @@
-"""Draw a spectral density: smoothed, and as the cumulative share. Nothing is computed here."""
+"""Draw a spectral density, smoothed or as a cumulative share. Nothing is shown or saved here."""
 
 from __future__ import annotations
 
@@ -22,34 +22,39 @@ def plot_density(
     outliers: bool = True,
     **line_options: Any,
 ) -> Axes:
-    """The smoothed density on a logarithmic axis, with the band of its error bars; outliers stay
-    visible.
+    """Draw the smoothed density with the band of its error bars.
+
+    The density axis is logarithmic, so that outliers stay visible.
 
     Args:
-      density: what to draw. Several on one Axes: call again with the same ``ax`` and another
-        ``label``.
-      ax: where (default: a new figure).
+      density: the density to draw. To draw several on one Axes, call again with the same ``ax`` and
+        another ``label``.
+      ax: the Axes to draw on (default: those of a new figure).
       bandwidth: standard deviation of the smoothing, in eigenvalue units (default:
-        ``density.bandwidth``). It is written into the legend: a density without it means nothing.
-      label: name in the legend.
-      x_scale: ``"symlog"`` opens up the bulk around zero and shows outliers of both signs beside
+        ``density.bandwidth``). The legend states it, because the values of the density depend on
         it.
+      label: name in the legend.
+      x_scale: ``"linear"``, or ``"symlog"`` to stretch the bulk around zero and show outliers of
+        both signs beside it.
       band: shade the interval of ``density.pdf``.
-      eigenvalues: exact ones (n,), if known: drawn under the curve, smoothed alike, with a tick for
-        each.
+      eigenvalues: the exact eigenvalues (n,), if known. They are drawn under the curve with the
+        same smoothing, and with a tick for each.
       outliers: mark ``density.outliers``, the eigenvalues that deflation found, along the top.
-      line_options: for ``Axes.plot``: ``color``, ``linestyle``, ``linewidth``.
+      line_options: options of ``Axes.plot``: ``color``, ``linestyle``, ``linewidth``.
 
     Returns:
       The Axes.
+
+    Raises:
+      ValueError: ``x_scale`` is unknown.
     """
     check_scale(x_scale)
     ax = new_axes(ax, (7, 4))
     before = (ax.get_xlim(), ax.get_ylim()) if ax.has_data() else None
     width = density.bandwidth if bandwidth is None else bandwidth
     x = _grid(density, width, x_scale)
-    # A Gaussian's tail says nothing below one eigenvalue's own peak, times a little: the axis ends
-    # there.
+    # The density axis ends at a twentieth of the peak of one single eigenvalue. Below that, there
+    # are only the tails of Gaussians, which mean nothing.
     floor = 0.05 / (density.dimension * width * np.sqrt(2 * np.pi))
     if eigenvalues is not None:
         _plot_exact(ax, np.asarray(eigenvalues, float), x, width)
@@ -69,14 +74,16 @@ def plot_density(
         )
         marks.set(transform=ax.get_xaxis_transform(), label=f"{found.size} eigenvalues found")
     ax.set_yscale("log")
-    low, high = floor, 2 * float(np.max(estimate))
+    low = floor
+    high = 2 * float(np.max(estimate))
     left, right = x[0], x[-1]
     if before:
         (first, last), (bottom, top) = before
-        left, right, high = min(left, first), max(right, last), max(high, top)
-        low = (
-            min(low, bottom) if bottom > 0 else low
-        )  # what was there may have been drawn on a linear axis
+        left = min(left, first)
+        right = max(right, last)
+        high = max(high, top)
+        # An earlier plot may have used a linear axis, whose lower limit need not be positive.
+        low = min(low, bottom) if bottom > 0 else low
     ax.set_xlim(left, right)
     ax.set_ylim(low, high)
     ax.set_ylabel(
@@ -97,11 +104,14 @@ def plot_cumulative(
     eigenvalues: Any = None,
     **line_options: Any,
 ) -> Axes:
-    """The share of eigenvalues up to x: a step function, free of any bandwidth. Arguments as for
-    `plot_density`."""
+    """Draw the share of eigenvalues up to x, a step function that needs no bandwidth.
+
+    The arguments, the result and the errors are those of `plot_density`.
+    """
     check_scale(x_scale)
     ax = new_axes(ax, (7, 4))
-    nodes, linear_within = np.unique(density.nodes), 1e-3 * max(map(abs, density.extent)) or 1.0
+    nodes = np.unique(density.nodes)
+    linear_within = 1e-3 * max(map(abs, density.extent)) or 1.0
     margin = linear_within if x_scale == "symlog" else 20 * linear_within
     x = np.concatenate([[nodes[0] - margin], nodes, [nodes[-1] + margin]])
     if eigenvalues is not None:
@@ -134,11 +144,12 @@ def plot_cumulative(
 
 
 def _grid(density: Measure, width: float, x_scale: XScale) -> np.ndarray:
-    """Where to evaluate: fine enough for the bandwidth, and finer around every node."""
+    """Points of evaluation: an even grid, with more points around every node and around zero."""
     low, high = density.extent
     stretch = 0.4 if x_scale == "symlog" else 0.0
     margin = 6 * width if x_scale == "symlog" else max(6 * width, 0.03 * (high - low))
-    low, high = low - margin - stretch * abs(low), high + margin + stretch * abs(high)
+    low = low - margin - stretch * abs(low)
+    high = high + margin + stretch * abs(high)
     even = np.linspace(low, high, 2000)
     peaks = (np.unique(density.nodes)[:, None] + width * np.linspace(-5, 5, 31)).ravel()
     near_zero = (
@@ -151,11 +162,12 @@ def _grid(density: Measure, width: float, x_scale: XScale) -> np.ndarray:
 
 
 def _plot_exact(ax: Axes, eigenvalues: np.ndarray, x: np.ndarray, width: float) -> None:
+    """Draw exact eigenvalues, smoothed with the same bandwidth, and a tick for each."""
     exact = np.zeros_like(x)
     for part in np.array_split(eigenvalues, max(eigenvalues.size // 500, 1)):
         exact += np.exp(-0.5 * ((x[:, None] - part) / width) ** 2).sum(1)
     exact /= eigenvalues.size * width * np.sqrt(2 * np.pi)
-    # Below the band, which would be hidden otherwise.
+    # This line is drawn below the band, which it would hide otherwise.
     ax.plot(x, exact, color="0.6", linewidth=3.5, label="exact, same bandwidth", zorder=0.9)
     ticks = np.full(eigenvalues.shape, 0.02)
     ax.plot(

@@ -1,4 +1,4 @@
-"""Draw where a gradient lies. Nothing is shown or saved here."""
+"""Draw the parts of a gradient along eigenvectors. Nothing is shown or saved here."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ def plot_concentration(
     dimension: int | None = None,
     **options: Any,
 ) -> Axes:
-    """The share of a gradient in the top 1, 2, ... eigenvectors, as `gradient_concentration` gives
-    it.
+    """Draw the share of a gradient in the top 1, 2, ... eigenvectors.
 
     Args:
-      concentration: (rank,) shares.
-      ax: where (default: a new figure). Several on one Axes: call again with another ``label``.
+      concentration: (rank,) shares of the squared norm, from `gradient_concentration`.
+      ax: the Axes to draw on (default: those of a new figure). To draw several gradients on one
+        Axes, call again with another ``label``.
       label: name in the legend.
       dimension: n, to draw the share k/n of a random direction as well.
-      options: for ``Axes.plot``.
+      options: options of ``Axes.plot``.
 
     Returns:
       The Axes.
+
+    Raises:
+      ValueError: ``concentration`` is not one-dimensional, or it is empty.
     """
     shares = np.asarray(concentration, float)
     if shares.ndim != 1 or not shares.size:
@@ -63,22 +66,26 @@ def plot_measure(
     *,
     label: str = "gradient",
 ) -> Axes:
-    """Where a vector lies beside where the eigenvalues do: the two cumulative shares, on a symlog
-    axis.
+    """Draw two cumulative shares: of a vector's squared norm, and of the eigenvalues.
+
+    The eigenvalue axis has a symlog scale.
 
     Args:
-      measure: of the vector, from `spectral_measure`.
-      density: of the eigenvalues, from `spectral_density`.
-      ax: where (default: a new figure).
-      label: what the vector is.
+      measure: the measure of the vector, from `spectral_measure`.
+      density: the density of the eigenvalues, from `spectral_density`.
+      ax: the Axes to draw on (default: those of a new figure).
+      label: name of the vector in the legend.
 
     Returns:
       The Axes.
+
+    Raises:
+      ValueError: ``measure`` is not that of a vector, or ``density`` is not that of eigenvalues.
     """
     if measure.random or not density.random:
         raise ValueError(
-            "expected the measure of a vector, from hd.spectral_measure, and then a density of "
-            "eigenvalues."
+            "measure and density: expected the measure of a vector, from hd.spectral_measure, "
+            "and the density of the eigenvalues, from hd.spectral_density, in this order."
         )
     ax = plot_cumulative(density, ax, x_scale="symlog", label="eigenvalues", color="0.4")
     plot_cumulative(measure, ax, x_scale="symlog", label=label, color="tab:red")

@@ -14,19 +14,23 @@ from .axes import LINSCALE, Measure, new_axes, symlog_ticks
 
 
 class TrackLike(Protocol):
-    """What is drawn of a `Track`."""
+    """The members of a `Track` that are drawn."""
 
     @property
-    def densities(self) -> Sequence[Measure | None]: ...
+    def densities(self) -> Sequence[Measure | None]:
+        """One density for each of T checkpoints, or None where it was not measured."""
 
     @property
-    def steps(self) -> np.ndarray: ...
+    def steps(self) -> np.ndarray:
+        """The training steps of the checkpoints, (T,), ascending."""
 
     @property
-    def values(self) -> np.ndarray: ...
+    def values(self) -> np.ndarray:
+        """The tracked eigenvalues, (T, rank), descending."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """The number of tracked eigenvalues."""
 
     def __len__(self) -> int: ...
 
@@ -41,29 +45,30 @@ def plot_track(
     num_rows: int = 400,
     **mesh_options: Any,
 ) -> Axes:
-    """The density over training as a heat map: training step, eigenvalue on a symlog axis, color by
-    logarithm.
+    """Draw the density over training as a heat map.
 
-    The color is the density over the axis as drawn, the share of the eigenvalues per decade: equal
-    areas of one color hold equal shares, and an outlier is as visible at 10 as at 0.1. (The density
-    per unit of eigenvalue, with one bandwidth for all, would leave an outlier a line too thin to
-    see.)
+    The horizontal axis is the training step. The vertical axis is the eigenvalue, on a symlog
+    scale. The color is the density per length of this axis, that is, the share of the eigenvalues
+    per decade, on a logarithmic scale. Equal areas of one color hold equal shares, and an outlier
+    is as visible at 10 as at 0.1. (A density per unit of eigenvalue, with one bandwidth for all,
+    would draw an outlier as a line too thin to see.)
 
     Args:
-      track: with densities.
-      ax: where (default: a new figure).
-      linear_within: eigenvalues up to this size are drawn linearly (default: 1e-3 of the largest
-        node in size).
+      track: a track with densities.
+      ax: the Axes to draw on (default: those of a new figure).
+      linear_within: eigenvalues of up to this absolute value are on a linear scale (default: 1e-3
+        of the largest absolute value of a node).
       bandwidth: standard deviation of the Gaussian smoothing, in decades of the axis.
       eigenvalues: draw the eigenvalues of the tracked eigenspaces as lines.
-      num_rows: cells along the eigenvalue axis.
-      mesh_options: for ``Axes.pcolormesh``: ``cmap``, ``norm``.
+      num_rows: number of cells along the eigenvalue axis.
+      mesh_options: options of ``Axes.pcolormesh``: ``cmap``, ``norm``.
 
     Returns:
       The Axes, with a color bar.
 
     Raises:
-      ValueError: a checkpoint has no density, or a width is not positive.
+      ValueError: a checkpoint has no density, or ``bandwidth`` or ``linear_within`` is not
+        positive.
     """
     densities = [density for density in track.densities if density is not None]
     if not densities or len(densities) < len(track):
@@ -74,10 +79,8 @@ def plot_track(
     for name, width in (("bandwidth", bandwidth), ("linear_within", linear_within)):
         if width is not None and not width > 0:
             raise ValueError(f"{name}={width}, expected a positive number.")
-    low, high = (
-        min(density.extent[0] for density in densities),
-        max(density.extent[1] for density in densities),
-    )
+    low = min(density.extent[0] for density in densities)
+    high = max(density.extent[1] for density in densities)
     size = linear_within or 1e-3 * max(abs(low), abs(high)) or 1.0
     transform = SymmetricalLogTransform(10, size, LINSCALE)
     bottom, top = transform.transform(np.array([low, high])) / size
@@ -87,13 +90,11 @@ def plot_track(
         [_over_the_axis(density, transform, size, rows, bandwidth) for density in densities], axis=1
     )
     ax = new_axes(ax, (7, 4.5))
-    # One eigenvalue's own peak is the least there is to see.
+    # The color scale starts at a fifth of the peak of one single eigenvalue. Anything less is the
+    # tail of a Gaussian.
     least = 0.2 / (max(density.dimension for density in densities) * bandwidth * np.sqrt(2 * np.pi))
-    options = {
-        "cmap": "magma",
-        "norm": LogNorm(least, max(float(cells.max()), 2 * least)),
-        **mesh_options,
-    }
+    norm = LogNorm(least, max(float(cells.max()), 2 * least))
+    options = {"cmap": "magma", "norm": norm, **mesh_options}
     y = transform.inverted().transform(edges * size)
     mesh = ax.pcolormesh(
         _step_edges(track.steps), y, np.maximum(cells, least), rasterized=True, **options
@@ -124,22 +125,27 @@ def plot_track(
 def _over_the_axis(
     density: Measure, transform: Any, size: float, rows: np.ndarray, bandwidth: float
 ) -> np.ndarray:
-    """The density of the eigenvalues' places on the axis, in decades, smoothed.
+    """The smoothed density of the eigenvalues' positions on the axis, per decade.
 
-    A node of the bulk stands for eigenvalues around it: its weight is spread as far as its
-    residual, at most half-way to its neighbors. So the gaps between few nodes are no gaps in the
-    spectrum, and a converged node is a line."""
+    A node of the bulk represents the eigenvalues around it. Its weight is therefore spread as far
+    as its residual to both sides, but at most half-way to its neighbors. The gaps between a few
+    nodes then do not look like gaps in the spectrum, and a converged node is a line.
+    """
     from scipy.special import ndtr
 
     total = np.zeros_like(rows)
     for rule in density.rules:
         for part in (slice(rule.num_deflated), slice(rule.num_deflated, None)):
-            nodes, weights, residuals = rule.nodes[part], rule.weights[part], rule.residuals[part]
+            nodes = rule.nodes[part]
+            weights = rule.weights[part]
+            residuals = rule.residuals[part]
             half = np.diff(nodes, prepend=-np.inf, append=np.inf) / 2
             ends = nodes - np.minimum(residuals, half[:-1]), nodes + np.minimum(residuals, half[1:])
             left, right = (transform.transform(end) / size for end in ends)
-            # A box of no width has no height either: a thousandth of the bandwidth is none.
-            middle, width = (left + right) / 2, np.maximum(right - left, 1e-3 * bandwidth)
+            # The width must not be zero, because the weight is divided by it. A thousandth of the
+            # bandwidth is narrow enough.
+            width = np.maximum(right - left, 1e-3 * bandwidth)
+            middle = (left + right) / 2
             above, below = (
                 (rows[:, None] - middle + side * width / 2) / bandwidth for side in (1, -1)
             )
@@ -148,7 +154,7 @@ def _over_the_axis(
 
 
 def _step_edges(steps: np.ndarray) -> np.ndarray:
-    """Edges of cells around the steps: half-way between them."""
+    """Edges of the cells around the steps, half-way between neighboring steps."""
     if steps.size == 1:
         return steps[0] + np.array([-0.5, 0.5])
     middles = (steps[1:] + steps[:-1]) / 2

@@ -1,1 +1,1 @@
-"""The life of a long computation: plan, memory, steps on disk, progress, failures."""
+"""Long computations: their plans, memory, steps on disk, progress bars and failures."""

@@ -1,4 +1,4 @@
-"""What ends a run early: an exhausted memory, a lost process, SIGTERM, Ctrl-C."""
+"""Events that end a run early: exhausted memory, a lost process, SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,61 +16,62 @@ from hessdensity.errors import LostProcessError, RunTerminated
 
 logger = logging.getLogger("hessdensity")
 
-# Words of JAX's own errors where another process is gone.
+# Words in JAX's own errors that say that another process is lost.
 _LOST = ("gloo", "nccl", "connection", "coordination service", "heartbeat", "unavailable")
 
 
 @contextlib.contextmanager
 def explained(table: Callable[[], str], checkpoint: str | Path | None) -> Iterator[None]:
-    """Inside, an exhausted memory and a lost process are explained.
+    """Explain exhausted memory or a lost process, if one of them ends the context.
 
     Args:
-      table: what needs how much memory, as text.
-      checkpoint: the folder that a run can be resumed from, if there is one.
+      table: returns the plan of the run, as text.
+      checkpoint: the folder that the run can be resumed from, if there is one.
 
     Raises:
-      MemoryError: in place of XLA's own error, with the table.
-      LostProcessError: in place of an error of communication.
+      MemoryError: replaces XLA's own error, and shows the plan.
+      LostProcessError: replaces an error of communication.
     """
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in first:
-            # Not "from error": the trace of XLA's allocator would hide the table.
+            # Not "from error", because the trace of XLA's allocator would hide the table.
             raise MemoryError(f"out of memory ({first}).\n\n{table()}") from None
         if jax.process_count() == 1 or not any(word in str(error).lower() for word in _LOST):
             raise
-        again = "start"
+        saved = ""
         if checkpoint:
-            again = f"the steps up to now are in checkpoint={str(checkpoint)!r}: start"
+            saved = f" The steps so far are in checkpoint={str(checkpoint)!r}."
         message = (
-            f"process {jax.process_index()} of {jax.process_count()} lost touch with another one, "
-            f"which has died, stalled or failed ({first}). Look at the others' messages; {again} "
-            "all processes again."
+            f"process {jax.process_index()} of {jax.process_count()} lost contact with another "
+            f"one, which has died, stalled or failed ({first}).{saved} Look at the messages of the "
+            "other processes, and start all of them again."
         )
-        # Logged at once: JAX may end this process before the exception is seen.
+        # Logged immediately, because JAX may end this process before the exception is seen.
         logger.error(message)
         raise LostProcessError(message) from error
 
 
 @contextlib.contextmanager
 def terminable(checkpoint: str | Path | None) -> Iterator[None]:
-    """Inside, SIGTERM raises `RunTerminated`, with which the program ends on the last step.
+    """Raise `RunTerminated` at SIGTERM inside the context, which ends the program after a step.
 
-    Clusters announce the end with SIGTERM and end the process some 30 seconds later. Python calls
-    handlers between two of its own instructions: a pass over the data has many, but a product that
-    is one compiled program is not interrupted. It is then lost, as any product is that ends in the
-    middle; the steps before it are on disk, each whole, with or without this handler.
+    Clusters announce the end with SIGTERM and kill the process about 30 seconds later. Python calls
+    handlers between two of its own instructions. A pass over the data has many of these, but a
+    product that is one compiled program is not interrupted. If the process is killed during such a
+    product, the product is lost, like any unfinished product. The steps before it are on disk, each
+    of them whole, with or without this handler.
 
-    Outside of the main thread, and where the program has its own handler, nothing is changed.
+    Outside of the main thread, and if the program has its own handler, nothing changes.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
     if not main or before not in (signal.SIG_DFL, None):
         yield
         return
-    reason = "SIGTERM: the process ends on the last step done"
+    reason = "SIGTERM: the process ends after the last finished step"
     if checkpoint:
         reason += "; the same call resumes the run from there"
 
@@ -87,14 +88,14 @@ def terminable(checkpoint: str | Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM wait, so that no step is left half done."""
+    """Hold back Ctrl-C and SIGTERM inside the context, so that no step is left half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     waiting: list[tuple[int, Any]] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    # Only handlers written in Python: what a default handler does needs no help, and what another
-    # library has installed below Python cannot be put back.
+    # Only handlers written in Python are replaced. A default handler needs no help, and a handler
+    # that another library has installed below Python could not be restored.
     before = {number: signal.getsignal(number) for number in numbers}
     held = {number: handler for number, handler in before.items() if callable(handler)}
     for number in held:
@@ -104,5 +105,5 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-        for number, frame in waiting[:1]:
-            held[number](number, frame)
+        for which, frame in waiting[:1]:
+            held[signal.Signals(which)](which, frame)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much arrays take of it on each device."""
+"""How much memory is free, and how much memory arrays take on each device."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import numpy as np
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import PyTree
 
-_SHARE = 0.9  # of the free memory may be planned for
+_SHARE = 0.9  # the share of the free memory that a plan may use
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 class Free(NamedTuple):
-    """Memory that may be planned for, in bytes."""
+    """Memory that a plan may use, in bytes."""
 
     device: int | None
-    """On each device; None where it is unknown."""
+    """On each device, or None if it is unknown."""
     host: int
     """On the host, for each of its devices."""
     shared: bool = False
-    """Whether that is the same memory, as where the devices are processors."""
+    """Whether both are the same memory, as it is if the devices are CPUs."""
 
 
 def bytes_per_device(tree: PyTree) -> int:
@@ -40,10 +40,10 @@ def bytes_per_device(tree: PyTree) -> int:
 
 
 def free_memory(like: PyTree) -> Free:
-    """Nine tenths of what is free now. Where vectors span processes, of the one that has least: all
-    must choose alike.
+    """Nine tenths of the memory that is free now.
 
-    A collective of these processes then.
+    If the vectors span several processes, the result is that of the process with the least memory,
+    because all of them must choose alike. The call is then a collective of these processes.
     """
     shardings = [leaf.sharding for leaf in jax.tree.leaves(trees.abstract(like)) if leaf.sharding]
     everywhere = set().union(*(sharding.device_set for sharding in shardings)) or {
@@ -58,23 +58,22 @@ def free_memory(like: PyTree) -> Free:
         if known
         else np.inf
     )
-    host, neighbors = _SHARE * _free_on_host() / max(len(devices), 1), 1
+    host = _SHARE * _free_on_host() / max(len(devices), 1)
+    neighbors = 1
     if len(everywhere) > len(devices):
         from jax.experimental.multihost_utils import process_allgather
 
-        here = zlib.crc32(platform.node().encode()) % 2**24  # float32 holds it
+        here = zlib.crc32(platform.node().encode()) % 2**24  # small enough for float32
         facts = np.asarray(process_allgather(np.array([device, host, here], np.float32)), float)
-        (device, host), neighbors = (
-            facts[:, :2].min(axis=0),
-            int(max(np.unique(facts[:, 2], return_counts=True)[1])),
-        )
+        device, host = facts[:, :2].min(axis=0)
+        neighbors = int(max(np.unique(facts[:, 2], return_counts=True)[1]))
     host /= neighbors
     device = host if shared else device
     return Free(int(device) if np.isfinite(device) else None, int(host), shared)
 
 
 def _free_on_host() -> int:
-    """Bytes free on this host, or in this job's share of it."""
+    """The number of bytes free on this host, or in this job's share of it."""
     import psutil
 
     free = int(psutil.virtual_memory().available)

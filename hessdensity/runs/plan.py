@@ -1,7 +1,7 @@
-"""What a computation will take, before anything runs: bytes, passes over the data, time.
+"""Plans of computations, made before anything runs: bytes, passes over the data and time.
 
-An estimator describes the ways to keep its vectors as `MemoryLayout`, in the order in which they
-are to be tried. What is planned, chosen, and printed when memory runs out is the same for all.
+An estimator describes the ways to keep its vectors as `MemoryLayout`, in order of preference. This
+module plans and chooses for all estimators, and prints the table shown when memory is exhausted.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 
@@ -28,33 +28,63 @@ class MemoryLayout:
     basis: str
     """Where its basis is kept: ``"device"``, ``"host"`` or ``"none"``."""
     probes_at_once: int
-    """Vectors that go through the data together."""
+    """The number of vectors that go through the data together."""
     num_passes: int
-    """Passes over the data, at most."""
+    """The largest number of passes over the data."""
     num_matvecs: int
-    """Products, at most."""
+    """The largest number of products."""
     device_bytes: int
-    """A device's peak, beside the weights: vectors, basis, activations."""
+    """The peak on a device, beside the weights: vectors, basis and activations."""
     host_bytes: int = 0
-    """The host's peak, for each of its devices."""
+    """The peak on the host, for each of its devices."""
 
     def fits(self, free: Free) -> bool:
-        """Whether so much is free, as far as that is known."""
+        """Whether this much memory is free, as far as that is known."""
         both = self.host_bytes if free.shared else 0
         on_device = free.device is None or self.device_bytes + both <= free.device
         return on_device and self.host_bytes <= free.host
 
 
 LayoutsOf: TypeAlias = Callable[[int, int, int], Sequence[MemoryLayout]]
-"""(dimension n, bytes of a vector, bytes of a product's activations) -> the ways to keep the
-vectors, the one that is taken first if it fits first."""
+"""From (dimension n, bytes of a vector, bytes of a product's activations) to the layouts.
+
+These are the ways to keep the vectors, in order of preference.
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a computation. Every public call has a subclass that holds its defaults."""
+
+    computation: ClassVar[str] = ""
+    """The name of the public call."""
+    hint: ClassVar[str] = ""
+    """Other ways to need less memory, which the plan prints."""
+
+    @property
+    def num_vectors(self) -> int:
+        """The number of vectors in a product."""
+        return 1
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The ways to keep the vectors, in order of preference (`LayoutsOf`)."""
+        raise NotImplementedError
+
+    def everywhere(self) -> Settings:
+        """The same settings, with every place for the vectors allowed."""
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the steps depend on. A run can be resumed only with the same ones."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a computation will take with its settings. ``print`` it.
+    """The memory, products, passes and time that a computation will take with its settings.
 
-    All bytes are those of one device, or of the host for each of its devices.
+    ``print(plan)`` shows a table. All bytes are those of one device, or of the host for each of its
+    devices.
     """
 
     computation: str
@@ -62,23 +92,25 @@ class Plan:
     dimension: int
     """n, the number of weights that form a vector."""
     num_devices: int
-    """Devices over which a vector is spread."""
+    """The number of devices over which a vector is spread."""
     weight_bytes: int | None
-    """Weights, there already; None for an operator that does not say."""
+    """Memory of the weights, already in use, or None for an operator that does not tell."""
     vector_bytes: int
-    """One vector."""
+    """Memory of one vector."""
     activation_bytes: int | None
-    """What a product needs beside vectors and weights; None for an operator that does not say."""
+    """Memory of a product beside vectors and weights, or None if the operator does not tell."""
     free: Free
-    """What is free, beside the weights."""
+    """The free memory, beside the weights."""
     seconds: float | None
-    """One product with one vector, timed; None where it was not."""
+    """The time of one product with one vector, or None if it was not measured."""
     layouts: tuple[MemoryLayout, ...]
-    """From the fastest on."""
+    """The layouts, starting with the fastest."""
+    hint: str = ""
+    """Other ways to need less memory."""
 
     @property
     def chosen(self) -> MemoryLayout:
-        """The first that fits; the one that needs least, if none does."""
+        """The first layout that fits, or the one that needs least if none fits."""
         return next((each for each in self.layouts if each.fits(self.free)), self.layouts[-1])
 
     def __str__(self) -> str:
@@ -105,7 +137,9 @@ class Plan:
         return "\n".join([*lines, "", *self._rows(), *self._remarks()])
 
     def _rows(self) -> list[str]:
-        rows = [("basis", "at once", "products", "passes", "on a device", "on the host", "")]
+        rows: list[tuple[str, ...]] = [
+            ("basis", "at once", "products", "passes", "on a device", "on the host", "")
+        ]
         for layout in self.layouts:
             fits = layout.fits(self.free)
             verdict = "fits" if fits else "does not fit"
@@ -119,29 +153,31 @@ class Plan:
         remarks = []
         if len({layout.probes_at_once for layout in self.layouts}) > 1:
             remarks.append(
-                "  Together, probes share the passes over the data; one after the other, the memory "
-                "of a basis."
+                "  Probes that run together share the passes over the data. If they run one after "
+                "the other, they share the memory of one basis."
             )
         if any(layout.basis == "none" for layout in self.layouts):
             remarks.append("  Without a basis the same number of products finds fewer outliers.")
+        if self.hint:
+            remarks.append(f"  {self.hint}")
         return remarks
 
 
 def plan_from_sizes(
-    computation: str,
     operator: Operator,
-    layouts_of: LayoutsOf,
+    settings: Settings,
     free: Free,
     activations: int | None = None,
     seconds: float | None = None,
 ) -> Plan:
-    """The plan with these figures. Nothing is asked of the operator: memory may be exhausted."""
-    n, like = check(operator), trees.abstract(operator.like)
+    """The plan from these figures. It multiplies nothing, because memory may be exhausted."""
+    n = check(operator)
+    like = trees.abstract(operator.like)
     weights = getattr(operator, "params", None)
     shardings = [leaf.sharding for leaf in jax.tree.leaves(like) if leaf.sharding]
     vector_bytes = bytes_per_device(like)
     return Plan(
-        computation=computation,
+        computation=settings.computation,
         dimension=n,
         num_devices=max((len(sharding.device_set) for sharding in shardings), default=1),
         weight_bytes=None if weights is None else bytes_per_device(weights),
@@ -149,24 +185,27 @@ def plan_from_sizes(
         activation_bytes=activations,
         free=free,
         seconds=seconds,
-        layouts=tuple(layouts_of(n, vector_bytes, activations or 0)),
+        layouts=tuple(settings.layouts(n, vector_bytes, activations or 0)),
+        hint=settings.hint,
     )
 
 
 def first_that_fits(
     operator: Operator, layouts_of: LayoutsOf, num_vectors: int, free: Free
 ) -> MemoryLayout:
-    """The first of the layouts that fits; the one that needs least, if none does.
+    """The first layout that fits, or the one that needs least if none fits.
 
-    The activations are measured only where the choice depends on them: that costs a compilation.
+    The activations are measured only if the choice depends on them, because that costs a
+    compilation.
 
     Args:
       operator: the operator.
-      layouts_of: the layouts.
-      num_vectors: vectors in a product, for its activations.
-      free: what is free.
+      layouts_of: returns the layouts.
+      num_vectors: number of vectors in a product, which determines its activations.
+      free: the free memory.
     """
-    n, vector_bytes = check(operator), bytes_per_device(operator.like)
+    n = check(operator)
+    vector_bytes = bytes_per_device(operator.like)
     first, *others = layouts_of(n, vector_bytes, 0)
     if not others or free.device is None or first.device_bytes < free.device / 4:
         return first
@@ -175,13 +214,13 @@ def first_that_fits(
 
 
 def activation_bytes(operator: Operator, num_vectors: int) -> int | None:
-    """What a product takes beside vectors and weights, where the operator can say."""
+    """Memory of a product beside vectors and weights, or None if the operator cannot tell."""
     measure = getattr(operator, "temporary_bytes", None)
     return None if measure is None else int(measure(num_vectors))
 
 
 def time_product(operator: Operator) -> float:
-    """Seconds of a product with one vector; of the second one, since the first may compile."""
+    """Seconds of a product with one vector. Of two, the second counts: the first may compile."""
     block = jax.tree.map(lambda leaf: leaf + 1, trees.zeros(operator.like, 1))
     seconds = math.inf
     for _ in range(2):

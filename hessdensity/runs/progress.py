@@ -1,4 +1,4 @@
-"""The progress bar, on standard error, of the first process alone."""
+"""The progress bar on standard error, which only the first process shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 def make_bar(what: str, total: int | None, shown: bool, *, leave: bool = True) -> Any:
-    """A bar of products, their rate and the time left. ``leave`` keeps it at the end."""
+    """A bar with products, their rate and the time left. ``leave`` keeps it after the end."""
     from tqdm import tqdm
 
     hidden = not shown or jax.process_index() > 0
@@ -16,7 +16,7 @@ def make_bar(what: str, total: int | None, shown: bool, *, leave: bool = True) -
 
 
 def count(bar: Any, products: int, *, read_back: bool = False) -> None:
-    """Add products to the bar. Those read back from disk took no time: the rate leaves them out."""
+    """Add products to the bar. The rate leaves out those read from disk, which took no time."""
     if read_back and not bar.disable:
         bar.initial += products
     bar.update(products)

@@ -1,8 +1,8 @@
-"""The life of one computation: replay what is on disk, multiply, save, count, and end well.
+"""Long computations: replay the steps on disk, multiply, save, count, and end with a result.
 
 Every long computation is a `Run` that drives one or more engines. It has a checkpoint, a progress
-bar, a partial answer when it is stopped, one format of description, and a plan's table when memory
-runs out.
+bar, a partial result if it is stopped, one format of description, and a plan that it shows when
+memory is exhausted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from hessdensity.text import plural
 from hessdensity.vectors import trees
 
 from .failures import explained, terminable, undisturbed
+from .memory import free_memory
+from .plan import Settings, plan_from_sizes
 from .progress import count, make_bar
 from .steps import SavedSteps, versions
 
@@ -32,48 +34,54 @@ T = TypeVar("T")
 
 
 class Run:
-    """One computation under way.
+    """A long computation.
 
     Args:
-      computation: the name of the public call.
-      operator: whose products it needs.
-      settings: all that the steps depend on, as JSON takes it. They are compared when the run is
-        resumed, and recorded in the description.
-      table: the plan of its memory as text, for when memory runs out.
+      operator: the operator that the computation multiplies.
+      settings: the settings of the call.
+      key: the random key of the call, if it has one.
+      others: everything else that the steps depend on, in types that JSON can hold.
       checkpoint: the folder of its steps, or None.
       progress: whether to show a bar of products.
-      total: products in all, if that is known.
-      vectors_per_product: vectors of a block that together make one product with all the data.
+      vectors_per_product: number of vectors of a block that together make one product with all the
+        data.
     """
 
     def __init__(
         self,
-        computation: str,
         operator: Operator,
-        settings: Mapping[str, Any],
+        settings: Settings,
         *,
-        table: Callable[[], str],
+        key: jax.Array | None = None,
+        others: Mapping[str, Any] | None = None,
         checkpoint: str | Path | None = None,
         progress: bool = True,
-        total: int | None = None,
         vectors_per_product: int = 1,
     ) -> None:
-        self.computation, self.operator = computation, operator
+        self.computation = settings.computation
+        self.operator = operator
         self.dimension = trees.size(operator.like)
-        self.settings = {"computation": computation, **settings}
-        self.steps = SavedSteps(checkpoint, operator, self.settings, vectors_per_product)
-        self._vectors_per_product = vectors_per_product
+        self.identity = {"computation": self.computation, **settings.identity(), **(others or {})}
+        if key is not None:
+            self.identity["key"] = key_data(key)
+        self.steps = SavedSteps(checkpoint, operator, self.identity, vectors_per_product)
+        # This is asked now and not when memory is exhausted, because with several processes all of
+        # them must ask.
+        self.free = free_memory(operator.like)
         self.num_matvecs = 0
-        """Products done so far, here and in earlier processes."""
+        """The number of products done so far, here and in earlier processes."""
         self.stopped: str | None = None
-        """Why the computation ended before it was done."""
-        self._checkpoint, self._table = checkpoint, table
-        self.bar = make_bar(computation.replace("_", " "), total, progress)
+        """The reason why the computation ended early, or None."""
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._vectors_per_product = vectors_per_product
+        self.bar = make_bar(self.computation.replace("_", " "), None, progress)
 
     def drive(self, engine: Engine) -> Iterator[None]:
-        """Do the steps that are left of an engine; yields after each.
+        """Do the remaining steps of an engine, and yield after each of them.
 
-        Steps on disk are replayed; then the operator is multiplied, and each new step is saved.
+        First, the steps on disk are replayed. Then the operator is multiplied, and each new step is
+        saved.
         """
         while not engine.complete:
             if found := self.steps.take():
@@ -96,19 +104,19 @@ class Run:
         count(self.bar, products, read_back=read_back)
 
     def execute(self, compute: Callable[[], None], answer: Callable[[], T]) -> T:
-        """``compute()`` and then ``answer()``, whatever happens in between.
+        """Call ``compute()``, and return ``answer()`` even if the computation is interrupted.
 
-        Ctrl-C gives the answer of the steps done so far, and says so. A product that is not finite
-        and SIGTERM raise, with that answer as ``partial``.
+        After Ctrl-C, the result is that of the steps done so far, and a warning is logged. A
+        product that is not finite and SIGTERM raise an exception, with this result as ``partial``.
 
         Args:
           compute: does the steps, by `drive`.
-          answer: the result of the steps done so far.
+          answer: returns the result of the steps done so far.
         """
         with (
             contextlib.closing(self.bar),
             self.steps.kept(),
-            explained(self._table, self._checkpoint),
+            explained(self._plan, self._checkpoint),
             terminable(self._checkpoint),
         ):
             try:
@@ -126,14 +134,19 @@ class Run:
         return answer()
 
     def stop(self, reason: str) -> None:
-        """Note why this is all there is."""
+        """Record why the computation ends early, and log it."""
         self.stopped = reason
-        logger.warning("%s: %s; the result is that of the products done.", self.computation, reason)
+        logger.warning(
+            "%s: %s. The result is that of the products done so far.", self.computation, reason
+        )
+
+    def _plan(self) -> str:
+        return str(plan_from_sizes(self.operator, self._settings.everywhere(), self.free))
 
     def describe(self, **more: Any) -> dict[str, Any]:
-        """What was computed: the one format of every result's ``description``."""
+        """The ``description`` of the result, in the same format for all computations."""
         return {
-            **self.settings,
+            **self.identity,
             "operator": self.steps.describe(),
             "seconds": self.steps.seconds,
             "stopped": self.stopped,
@@ -143,5 +156,5 @@ class Run:
 
 
 def key_data(key: jax.Array) -> list[int]:
-    """A random key as JSON takes it."""
+    """A random key, in types that JSON can hold."""
     return np.asarray(jax.random.key_data(key)).tolist()

@@ -1,8 +1,8 @@
-"""The steps of a computation: those on disk first, then new ones, which are saved.
+"""The steps of a computation: first those on disk, then new ones, which are saved.
 
-A computation is a function of its arguments and of its operator's products. So nothing but the
-steps is saved: a resumed run makes the decisions of the first one again, from the same numbers, and
-skips the products that are on disk.
+A computation is a function of its arguments and of its operator's products. So only the steps are
+saved. A resumed run makes the decisions of the first run again, from the same numbers, and skips
+the products that are on disk.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from hessdensity.vectors.fingerprint import signature
 from .store import StepStore
 
 FORMAT = 2
-"""The version of what a step holds. Steps of another one cannot be continued."""
+"""The version of the contents of a step. A run cannot be resumed from steps of another version."""
 
 _CLOSE = 1e-4
-"""Relative to the mean size: another example moves a batch's loss by more than that, another number
-of devices by far less."""
+"""The largest difference of equal numbers, relative to their mean size.
+
+Another example changes the loss of a batch by more, and another number of devices by far less.
+"""
 
 
 def versions() -> dict[str, str]:
@@ -40,17 +42,17 @@ def versions() -> dict[str, str]:
 
 
 class SavedSteps:
-    """The steps of one computation. Without a checkpoint there are only new ones.
+    """The steps of one computation. Without a checkpoint, all of them are new.
 
     Args:
       checkpoint: the folder, or None.
-      operator: whose products they are.
-      settings: what else they depend on, as JSON takes it.
-      least_vectors: the fewest vectors that a product of the operator takes.
+      operator: the operator whose products the steps come from.
+      settings: everything else that the steps depend on, in types that JSON can hold.
+      least_vectors: the smallest number of vectors that a product of the operator takes.
 
     Raises:
-      ValueError: the folder is not a checkpoint, or that of another computation; names what
-        differs.
+      ValueError: the folder is not a checkpoint, or it belongs to another computation. The message
+        names the difference.
     """
 
     def __init__(
@@ -60,15 +62,19 @@ class SavedSteps:
         settings: dict[str, Any],
         least_vectors: int = 1,
     ) -> None:
-        self._path, self._operator = checkpoint, operator
-        self._like, self._least_vectors = operator.like, least_vectors
+        self._path = checkpoint
+        self._operator = operator
+        self._like = operator.like
+        self._least_vectors = least_vectors
         self._store = None if checkpoint is None else StepStore(checkpoint)
         self._settings = _plain({**settings, "vectors": signature(self._like)})
         self.decisions: dict[str, Any] = {}
-        """Choices that depended on the machine (free memory); a resumed run repeats them."""
+        """Choices that depended on the machine (free memory). A resumed run repeats them."""
         self._saved: dict[str, Any] | None = None
         self._unchecked = False
-        self._next, self._before, self._began = 0, 0.0, time.perf_counter()
+        self._next = 0
+        self._before = 0.0
+        self._began = time.perf_counter()
         if self._store is not None:
             self._agree(self._store.length)
         if self._store is not None and self._store.length:
@@ -80,39 +86,42 @@ class SavedSteps:
             raise ValueError(
                 f"checkpoint={str(self._path)!r} was written by hessdensity "
                 f"{saved['versions']['hessdensity']} in version {saved.get('format', 1)} of the "
-                f"format, and this one continues version {FORMAT} only. Finish the run with the "
-                "hessdensity that began it, or give another folder."
+                f"format, and this hessdensity can only continue version {FORMAT}. Finish the run "
+                "with the hessdensity that began it, or give another folder."
             )
-        self._saved, self._unchecked = saved, True
+        self._saved = saved
+        self._unchecked = True
         self.decisions = saved["decisions"]
-        # An operator finds out in its first product in which mode it differentiates.
+        # The mode of differentiation is not known yet. An operator finds it in its first product.
         known = _plain(describe(self._operator))
         known.pop("mode", None)
         self._compare({"settings": self._settings, "operator": known})
 
     @property
     def seconds(self) -> float:
-        """What the computation has taken, in this process and in those before."""
+        """The time that the computation has taken, in this process and in earlier ones."""
         return self._before + time.perf_counter() - self._began
 
     def describe(self) -> dict[str, Any]:
-        """The operator's description, with what the checkpoint knows of its data."""
+        """The operator's description, completed by the facts about its data in the checkpoint."""
         return {**(self._saved["operator"] if self._saved else {}), **describe(self._operator)}
 
     def take(self) -> tuple[Step, int] | None:
-        """The next step and its number of products, if it is on disk."""
+        """The next step and its number of products, or None if it is not on disk."""
         if self._store is None or self._next >= self._store.length:
             return None
-        scalars, vectors = self._store.scalars(self._next), None
+        scalars = self._store.scalars(self._next)
+        vectors = None
         if count := scalars["num_vectors"]:
             block = trees.abstract_block(self._like, count)
             vectors = self._store.vectors(self._next, block)
         self._next += 1
-        self._before, self._began = scalars["seconds"], time.perf_counter()
+        self._before = scalars["seconds"]
+        self._began = time.perf_counter()
         return Step(vectors, scalars["step"]), scalars["num_products"]
 
     def add(self, step: Step, num_products: int) -> None:
-        """Save one more step, done just now.
+        """Save one more step, which has just been done.
 
         Raises:
           ValueError: the data are not those of the checkpoint.
@@ -125,7 +134,7 @@ class SavedSteps:
             raise RuntimeError(
                 f"checkpoint={str(self._path)!r}: the data come in another order in every pass, so "
                 "that a resumed run could not tell whether they are the same. Pass shuffle=False "
-                "to the loader, or give no checkpoint."
+                "to the loader, or leave checkpoint out."
             )
         if self._unchecked:
             self._compare({"operator": about})
@@ -148,9 +157,9 @@ class SavedSteps:
         self._next += 1
 
     def check_data(self) -> None:
-        """Refuse other data where all steps were on disk, so that no product has met them.
+        """Refuse other data if all steps were on disk, so that no product has checked the data.
 
-        Cost: a product, unless the operator tells of its data before any product.
+        Cost: a product, unless the operator describes its data before any product.
         """
         if not self._unchecked or self._saved is None:
             return
@@ -167,22 +176,22 @@ class SavedSteps:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """At the end of this context all steps are on disk."""
+        """Wait at the end of the context until all steps are on disk."""
         if self._store is None:
             yield
             return
         try:
             yield
         except LostProcessError:
-            raise  # what is on its way to the disk cannot be finished without the lost process
+            raise  # without the lost process, the last steps cannot be written
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # what went wrong first is to be seen
+            with contextlib.suppress(RuntimeError):  # the first error must remain visible
                 self._store.close()
             raise
         self._store.close()
 
     def _agree(self, length: int) -> None:
-        """Refuse a folder of which the processes see different steps: they would wait for ever."""
+        """Refuse a folder in which processes see different steps. They would wait forever."""
         if jax.process_count() == 1:
             return
         from jax.experimental.multihost_utils import process_allgather
@@ -191,7 +200,7 @@ class SavedSteps:
         if len(set(lengths)) > 1:
             raise ValueError(
                 f"checkpoint={str(self._path)!r}: the processes see {lengths} steps there; "
-                "expected one folder, on a file system that all of them share."
+                "expected the same folder, on a file system that all of them share."
             )
 
     def _compare(self, now: dict[str, Any]) -> None:
@@ -201,13 +210,14 @@ class SavedSteps:
             found += _differences(self._saved[part], values, f"{part}.")
         if found:
             raise ValueError(
-                f"checkpoint={str(self._path)!r} is another computation's: {'; '.join(found)}. "
-                "Call with the arguments that it was made with, or give another folder."
+                f"checkpoint={str(self._path)!r} belongs to another computation: "
+                f"{'; '.join(found)}. Call with the arguments that it was made with, or give "
+                "another folder."
             )
 
 
 def _plain(value: dict[str, Any]) -> dict[str, Any]:
-    """The value as JSON gives it back."""
+    """The value after it was written to JSON and read back."""
 
     def convert(other: Any) -> Any:
         return other.item() if isinstance(other, np.generic) else str(other)
@@ -217,7 +227,7 @@ def _plain(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(saved: Any, now: Any, name: str) -> list[str]:
-    """Where two plain values differ; entries that only one of two dictionaries has do not count."""
+    """The differences of two plain values. Entries that only one dictionary has do not count."""
     if isinstance(saved, dict) and isinstance(now, dict):
         found: list[str] = []
         for key in saved:
@@ -228,7 +238,8 @@ def _differences(saved: Any, now: Any, name: str) -> list[str]:
     if _are_numbers(saved) and _are_numbers(now):
         if len(saved) != len(now):
             return [f"{name} had {len(saved)} entries, now {len(now)}"]
-        was, are = np.asarray(saved, float), np.asarray(now, float)
+        was = np.asarray(saved, float)
+        are = np.asarray(now, float)
         close = np.isclose(was, are, rtol=0, atol=_CLOSE * np.abs(was).mean(), equal_nan=True)
         if close.all():
             return []

@@ -1,2 +1,1 @@
-"""What is known of a spectrum: estimates, rules, deflation, accuracy, densities, eigenspaces,
-files."""
+"""Results about spectra: rules, deflation, estimates and their errors, eigenspaces, files."""

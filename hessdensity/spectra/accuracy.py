@@ -1,5 +1,4 @@
-"""How far an estimated spectrum may be from the true one, estimated from itself, and where the
-error is."""
+"""The error of an estimated spectrum by cause, estimated from the spectrum itself."""
 
 from __future__ import annotations
 
@@ -12,33 +11,36 @@ from .quadrature import Rule, Tridiagonal, cumulative
 
 
 class Accuracy(NamedTuple):
-    """The estimated W1 distance to the true spectrum, over the spectrum's range, by cause.
+    """The estimated W1 distance to the true spectrum, divided by the spectrum's range, by cause.
 
-    An estimate, not a bound: rigorous bounds are tens of times wider
-    (`SpectralDensity.cdf_bounds`)."""
+    It is an estimate, not a bound. Rigorous bounds (`SpectralDensity.cdf_bounds`) are tens of times
+    wider.
+    """
 
     quadrature: float
-    """Too few steps: W1 between the rules and those of two thirds of their steps."""
+    """Error of too few steps: W1 between these rules and rules of two thirds of their steps."""
     probes: float
-    """Too few probes: the expected W1 of their randomness, sqrt(2/pi) integral of sqrt(2 F (1 - F)
-    / (k (N + 2)))."""
+    """Error of too few probes: the expected W1 distance due to their randomness.
+
+    It is sqrt(2/pi) times the integral of sqrt(2 F (1 - F) / (k (N + 2))).
+    """
     coupling: float
-    """What deflation left out: 2 beta / n, at most."""
+    """Error of the coupling that deflation left out: at most 2 beta / n."""
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """The sum of the three errors."""
         return self.quadrature + self.probes + self.coupling
 
 
 def estimate(
     run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False
 ) -> Accuracy:
-    """The accuracy of the rules that `deflation.combine` makes of these.
+    """The accuracy of the rules that `deflation.combine` makes from the same arguments.
 
     Args:
-      run: of the deflation, or None.
-      probes: of the probes.
+      run: the matrix of the deflation run, or None.
+      probes: the matrices of the probes.
       dimension: n.
       implicit: as for `deflation.combine`.
     """
@@ -58,7 +60,7 @@ def estimate(
 
 
 def _two_thirds(tridiagonal: Tridiagonal) -> Tridiagonal:
-    """A run of two thirds of the steps; an exhausted one has no error, and stays."""
+    """The first two thirds of a run's steps. An exhausted run has no error and is kept whole."""
     return (
         tridiagonal.leading(-(-2 * tridiagonal.length // 3))
         if tridiagonal.coupling
@@ -67,13 +69,16 @@ def _two_thirds(tridiagonal: Tridiagonal) -> Tridiagonal:
 
 
 def _probe_noise(rules: tuple[Rule, ...], dimension: int, nodes: np.ndarray) -> float:
-    """Mean over a Gaussian's |deviation|, sqrt(2/pi) of its standard deviation, integrated over the
-    spectrum."""
+    """Mean absolute error of the cumulative due to the probes, integrated over the spectrum.
+
+    The mean absolute deviation of a Gaussian is sqrt(2/pi) times its standard deviation.
+    """
     variance = np.zeros(nodes.size - 1)
     for rule in rules:
         left = dimension - rule.num_deflated
         if left:
-            part, weights = rule.nodes[rule.num_deflated :], rule.weights[rule.num_deflated :]
+            part = rule.nodes[rule.num_deflated :]
+            weights = rule.weights[rule.num_deflated :]
             share = cumulative(part, weights / weights.sum(), nodes[:-1])
             variance += (left / dimension) ** 2 * 2 * share * np.maximum(1 - share, 0) / (left + 2)
     return float(np.sum(np.sqrt(2 / np.pi * variance) * np.diff(nodes)) / len(rules))

@@ -1,7 +1,7 @@
-"""Results on disk: versioned npz files without pickles, of densities and measures of vectors.
+"""Densities and measures of vectors on disk, as versioned npz files without pickles.
 
 Version 3 of the format names the type of the result. Versions 1 and 2 wrote a measure as a density
-that was marked as ``given``; they are still read.
+that was marked as ``given``. They can still be read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Contents(NamedTuple):
 
 
 def write(path: str | Path, kind: str, contents: Contents) -> None:
-    """Write to exactly ``path``. What of the description JSON does not know is written as text."""
+    """Write to exactly ``path``. Parts of the description that JSON cannot hold become text."""
     arrays = {
         "dimension": np.array(contents.dimension),
         "num_matvecs": np.array(contents.num_matvecs),
@@ -45,10 +45,11 @@ def write(path: str | Path, kind: str, contents: Contents) -> None:
 
 
 def read(path: str | Path, kind: str) -> Contents:
-    """What `write` was given.
+    """The contents that `write` saved.
 
     Raises:
-      ValueError: the file holds something else; names what reads it, where that is known.
+      ValueError: the file holds something else. If it is the other type of result, the message
+        names the method that reads it.
     """
 
     def unpack_one(saved: dict[str, Any]) -> tuple[str, Contents]:
@@ -66,13 +67,13 @@ def read(path: str | Path, kind: str) -> Contents:
         other = _FORMATS[found].partition(".")[2]
         raise ValueError(
             f"path={str(path)!r} holds {_NAMES[found]}, expected {_NAMES[kind]}. "
-            f"hd.{other}.load(path) reads it."
+            f"Read it with hd.{other}.load(path)."
         )
     return contents
 
 
 def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
-    """Any number of rules as a few arrays, one after the other."""
+    """Any number of rules as a few arrays, which hold one rule after the other."""
     columns = {
         name: np.concatenate([np.zeros(0), *(getattr(rule, name) for rule in rules)])
         for name in _COLUMNS
@@ -98,7 +99,7 @@ def unpack(saved: dict[str, Any]) -> tuple[Rule, ...]:
 
 
 def store(path: str | Path, form: str, version: int, arrays: dict[str, Any]) -> None:
-    """Write arrays to exactly ``path``, with the name and the version of their format."""
+    """Write arrays to exactly ``path``, along with the name and the version of their format."""
     with open(path, "wb") as file:
         np.savez(file, format=np.array(form), version=np.array(version), **arrays)
 
@@ -111,15 +112,15 @@ def load(
     writer: str,
     unpack: Callable[[dict[str, Any]], T],
 ) -> T:
-    """What ``unpack`` makes of the arrays that `store` wrote.
+    """The result of ``unpack`` on the arrays that `store` wrote.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is of another format, or of a newer version, or damaged.
+      ValueError: the file has another format or a newer version, or it is damaged.
     """
     refusal = f"path={str(path)!r} is not a saved {what}; expected a file written by {writer}."
     try:
-        # np.load gives a bare array for a .npy file, which is not a context manager.
+        # For a .npy file, np.load returns a bare array, which is not a context manager.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             saved = dict(archive)
         if str(saved["format"]) not in forms:
@@ -129,8 +130,8 @@ def load(
         raise ValueError(refusal) from error
     if found > version:
         raise ValueError(
-            f"path={str(path)!r} has version {found} of the format, and this hessdensity reads up "
-            f"to {version}; upgrade hessdensity."
+            f"path={str(path)!r} has version {found} of the format, and this hessdensity reads "
+            f"versions up to {version}. Upgrade hessdensity."
         )
     try:
         return unpack(saved)

@@ -1,21 +1,24 @@
-"""Krylov deflation: how a Lanczos run, and probes kept orthogonal to its basis, make one estimate
-of the spectrum.
+"""Krylov deflation: one estimate from a Lanczos run and from probes orthogonal to its basis.
 
-One random start gives an outlier the weight (v.q)^2, a chi-square around 1/n with more than 100 %
-spread: that noise dominates stochastic Lanczos quadrature. So a first run of m0 steps from a random
-v0 keeps its basis Q, and every further probe starts, and stays, orthogonal to Q.
+A random start vector v gives an outlier the weight (v.q)^2, a chi-square variable around 1/n with
+a spread of more than 100 %. This noise dominates stochastic Lanczos quadrature. Deflation therefore
+makes a first run of m0 steps from a random v0 and keeps its basis Q. Every further probe starts,
+and stays, orthogonal to Q.
 
-Theorem. Let A be symmetric, T = Q A Q^T the run's tridiagonal matrix, C the compression of A to the
-complement of Q's span, beta the run's last off-diagonal entry. The number of eigenvalues up to x,
-of A and of T and C together, differ by at most 1 for every x, converged or not; hence the
-cumulatives by at most 1/n, and W1 by at most 2 beta/n.
+Theorem. Let A be symmetric, T = Q A Q^T the tridiagonal matrix of the run, C the compression of A
+to the complement of the span of Q, and beta the last off-diagonal entry of the run. For every x,
+the number of eigenvalues up to x of A differs by at most 1 from that of T and C together, whether
+the run has converged or not. Their cumulatives therefore differ by at most 1/n, and their W1
+distance is at most 2 beta/n.
 
-Proof. A V^T = V^T T + beta q e^T leaves, in the basis of Q and its complement, a single coupling:
-between the last Lanczos vector and the next one, q. So A = (T + C) + E, E of rank two with
-eigenvalues beta and -beta. Adding the positive part moves every counting function down by at most
-1, adding the negative part up by at most 1 (Weyl's interlacing), which gives the first claim. W1 of
-two spectra of n is the mean of |lambda_i(A) - lambda_i(T + C)| over sorted eigenvalues, at most the
-sum of |eigenvalues of E| over n (Lidskii), which gives the second."""
+Proof. By A Q^T = Q^T T + beta q e^T, there is a single coupling in the basis of Q and its
+complement: the one between the last Lanczos vector and the next one, q. So A = (T + C) + E, where E
+has rank two and the eigenvalues beta and -beta. Adding the positive part of E moves every counting
+function down by at most 1, and adding the negative part moves it up by at most 1 (Weyl's
+interlacing). This proves the first claim. The W1 distance of two spectra of n eigenvalues is the
+mean of |lambda_i(A) - lambda_i(T + C)| over sorted eigenvalues. This mean is at most the sum of
+|eigenvalues of E| divided by n (Lidskii), which proves the second claim.
+"""
 
 from __future__ import annotations
 
@@ -23,34 +26,41 @@ import numpy as np
 
 from .quadrature import Rule, Tridiagonal, gauss_rule
 
-_WEIGHTLESS = 1e-20  # (v.q)^2 of a random v is below that for one eigenvector in 10^10 / sqrt(n): it is rounding
-_ISOLATED = 0.01  # of the distance to the next node: the Ritz value is then off by 1e-4 of it, the weight by as much
+# (v.q)^2 of a random v is smaller for only one eigenvector in 10^10 / sqrt(n), so that a smaller
+# weight is rounding error.
+_WEIGHTLESS = 1e-20
+
+# A node is isolated if its residual is at most this share of the distance to the next node. Its
+# Ritz value is then off by 1e-4 of that distance, and the weight by as much.
+_ISOLATED = 0.01
 
 
 def combine(
     run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False
 ) -> tuple[Rule, ...]:
-    """The rules of a deflated estimate: the deflation run's own, if there is one, and one a probe.
+    """The rules of a deflated estimate: one of the deflation run, if any, and one for each probe.
 
-    All m0 Ritz values of the run enter the probes' rules at weight exactly 1/n, the Gauss rule of
-    the probe carries (n - m0)/n. The run is a probe as well: v0 was random. Its own quadrature,
-    with the isolated eigenvalues that it found reset to weight 1/n (`isolate`), is one more rule.
+    All m0 Ritz values of the run enter the rules of the probes, each with weight exactly 1/n. The
+    Gauss rule of the probe has the remaining weight (n - m0)/n. The run is a probe too, because v0
+    was random. Its own quadrature is therefore one more rule, in which the isolated eigenvalues
+    that it found are reset to weight 1/n (`isolate`).
 
     Args:
-      run: of the deflation, or None.
-      probes: of the probes that were kept orthogonal to it.
+      run: the matrix of the deflation run, or None.
+      probes: the matrices of the probes that were kept orthogonal to the run.
       dimension: n.
-      implicit: the probes had no basis: of each the ghosts are merged, and isolated eigenvalues
-        have weight 1/n.
+      implicit: whether the probes kept no basis. Their ghosts are then merged, and isolated
+        eigenvalues have weight 1/n.
     """
     if implicit:
         return tuple(isolate(merge_ghosts(probe), dimension) for probe in probes)
     if run is None:
         return tuple(map(gauss_rule, probes))
-    own, left = gauss_rule(run), dimension - run.length
+    own = gauss_rule(run)
+    left = dimension - run.length
     ritz, vectors = run.eigh()
     residuals = run.residuals(vectors)
-    if not left:  # The run went through the whole space: these are all the eigenvalues.
+    if not left:  # The run went through the whole space, so that these are all the eigenvalues.
         return (Rule(ritz, np.full(dimension, 1 / dimension), dimension, residuals),)
     if not probes:
         return (own,)
@@ -69,14 +79,15 @@ def combine(
 
 
 def merge_ghosts(probe: Tridiagonal) -> Rule:
-    """The Gauss rule of a recurrence without reorthogonalization, its ghosts merged.
+    """The Gauss rule of a recurrence without reorthogonalization, with its ghosts merged.
 
-    Such a recurrence finds a converged eigenvalue again and again: copies of its node, equal to
-    rounding, that share its weight, and between them newcomers of next to no weight (Paige 1976;
-    Cullum and Willoughby 1985). The rule as it stands is right: it is the exact one of a matrix
-    whose eigenvalues are those of A, each blurred by rounding (Greenbaum 1989). But a node crowded
-    by its own copies does not pass for isolated. So the weightless are dropped, and nodes closer
-    than rounding can tell become one, at their mean."""
+    Such a recurrence finds a converged eigenvalue again and again. Copies of the node, equal up to
+    rounding, share its weight, and new nodes of almost no weight appear between them (Paige 1976;
+    Cullum and Willoughby 1985). This rule is already correct: it is the exact rule of a matrix
+    whose eigenvalues are those of A, each blurred by rounding (Greenbaum 1989). But a node close to
+    its own copies does not count as isolated. So nodes of negligible weight are dropped, and nodes
+    that are closer than rounding can resolve are replaced by one node at their mean.
+    """
     rule = gauss_rule(probe)
     seen = rule.weights > _WEIGHTLESS
     nodes, weights, residuals = rule.nodes[seen], rule.weights[seen], rule.residuals[seen]
@@ -87,29 +98,29 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
 
 
 def isolate(rule: Rule, dimension: int, elsewhere: list[Rule] = ()) -> Rule:  # type: ignore[assignment]
-    """Implicit deflation: a probe's rule with every isolated eigenvalue that it found at weight
-    1/n, without noise.
+    """The rule of a probe with weight 1/n for every isolated eigenvalue that the probe found.
 
-    A node whose residual is far below the distance to its neighbors is an eigenvalue, and the
-    probe's weight there is (v.q)^2. That eigenvalue's true weight is known, 1/n; the probe's other
-    components remain a uniform point of their own sphere, so that the rest is rescaled to (n -
-    c)/n, c being the number of nodes reset.
+    This is implicit deflation, which takes the noise out of these weights. A node whose residual is
+    far below the distance to its neighbors is an eigenvalue, and its weight is (v.q)^2. But the
+    true weight of this eigenvalue is known: 1/n. The other components of the probe remain a uniform
+    point on their own sphere. The other weights are therefore rescaled to sum to (n - c)/n, where c
+    is the number of nodes that are reset.
 
     Args:
-      rule: of a probe, without deflated nodes.
+      rule: the rule of a probe, without deflated nodes.
       dimension: n.
-      elsewhere: rules of probes kept orthogonal to this one's basis. What they find again at the
-        same place is a multiple eigenvalue, and keeps its weight. Without them, eigenvalues are
-        taken to be simple unless the weight is too large for one.
+      elsewhere: rules of probes kept orthogonal to the basis of this one. A node that they find
+        again at the same place is a multiple eigenvalue, and keeps its weight. Without such rules,
+        an eigenvalue is taken to be simple unless its weight is too large for a simple one.
 
     Returns:
-      A `Rule` whose first c nodes are those reset.
+      A `Rule` whose first c nodes are those that were reset.
     """
     distance = np.full(rule.nodes.size, np.inf)
     gaps = np.diff(rule.nodes)
     distance[1:] = gaps
     distance[:-1] = np.minimum(distance[:-1], gaps)
-    # A chi-square of one degree is above 20 once in 100,000.
+    # A chi-square variable with one degree of freedom is above 20 once in 100,000 times.
     single = (rule.residuals <= _ISOLATED * distance) & (rule.weights * dimension < 20)
     for other in elsewhere:
         seen = other.weights * dimension > 1e-3

@@ -1,4 +1,4 @@
-"""The answer of the main job: a spectral density with its error bars."""
+"""The result of `hessdensity.spectral_density`: a spectral density with its error bars."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ if TYPE_CHECKING:
     from .eigenspace import Eigenspace
 
 
-CONVERGED = 1e-4  # residual, over the operator's norm, of a Ritz pair that passes for an eigenpair
+# A Ritz pair counts as an eigenpair if its residual is at most this share of the operator's norm.
+CONVERGED = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity(SpectralMeasure):
-    """The distribution of the n eigenvalues: mass 1, each eigenvalue counting 1/n.
+    """The distribution of the n eigenvalues: mass 1, with weight 1/n for each eigenvalue.
 
-    The mean of ``rules``, one a probe; everything below is computed from them. Error bars describe
-    the probes' randomness, exactly: the part of the spectrum that a probe uniform on the sphere of
-    N = n - num_deflated dimensions sees has variance 2/(N + 2) x (mean f^2 - (mean f)^2) in the
-    expectation of f, and a share F follows a Beta law. They are defined from one probe on. The
-    errors of quadrature (num_steps too small) and of deflation are not in them, save where a method
-    says so (`cdf_bounds`, `mass`); ``description["error"]`` estimates them all.
+    The density is the mean of ``rules``, one for each probe. Everything below is computed from
+    these rules. ``print(density)`` shows a summary.
 
-    ``print`` it for a summary.
+    Error bars describe the randomness of the probes, exactly. Each probe is uniform on the sphere
+    of N = n - num_deflated dimensions. Over its part of the spectrum, the expectation of f has
+    variance 2/(N + 2) x (mean f^2 - (mean f)^2), and a share F follows a Beta law. Error bars are
+    defined even for a single probe. They leave out the errors of quadrature (num_steps too small)
+    and of deflation, except where a method says otherwise (`cdf_bounds`, `mass`).
+    ``description["error"]`` estimates all of these errors.
 
     Example:
-      >>> rule = Rule(nodes=[0.0, 2.0], weights=[0.75, 0.25], num_deflated=0, residuals=[0.0, 0.0])
-      >>> density = SpectralDensity((rule,), dimension=100, num_matvecs=2)
+      >>> import hessdensity as hd
+      >>> rule = hd.Rule(nodes=[0, 2], weights=[0.75, 0.25], num_deflated=0, residuals=[0, 0])
+      >>> density = hd.SpectralDensity((rule,), dimension=100, num_matvecs=2)
       >>> print(f"{density.trace():.3g}, {density.cdf(1.0):.2g}")
       50 ± 12, 0.75 ± 0.061
     """
@@ -42,11 +45,12 @@ class SpectralDensity(SpectralMeasure):
     random: ClassVar[bool] = True
 
     eigenspace: Eigenspace | None = None
-    """The deflated Ritz vectors, where they were asked for (``keep_eigenspace``). Not saved."""
+    """The deflated Ritz vectors, if ``keep_eigenspace`` asked for them. They are not saved."""
 
     def trace(self) -> Estimate:
         """tr(H), in eigenvalue units."""
-        mean, n = self.moment(1), self.dimension
+        mean = self.moment(1)
+        n = self.dimension
         return Estimate(n * mean.value, n * mean.standard_error, n * mean.lower, n * mean.upper)
 
     def frobenius_norm(self) -> Estimate:
@@ -60,14 +64,16 @@ class SpectralDensity(SpectralMeasure):
 
     @property
     def outliers(self) -> np.ndarray:
-        """(count, 2) float64: eigenvalues that deflation has found, descending, each with its
-        residual.
+        """(count, 2) float64: eigenvalues that deflation found, descending, and their residuals.
 
-        Ritz values with a residual of at most 1e-4 of the largest node in size, the next one ten
-        residuals away."""
+        These are the Ritz values with a residual of at most 1e-4 times the size of the largest
+        node, and with no other Ritz value within ten residuals.
+        """
         rule = max(self.rules, key=lambda rule: rule.num_deflated)
-        nodes, residuals = rule.nodes[: rule.num_deflated], rule.residuals[: rule.num_deflated]
-        below, above = np.diff(nodes, prepend=-np.inf), np.diff(nodes, append=np.inf)
+        nodes = rule.nodes[: rule.num_deflated]
+        residuals = rule.residuals[: rule.num_deflated]
+        below = np.diff(nodes, prepend=-np.inf)
+        above = np.diff(nodes, append=np.inf)
         reach = np.minimum(np.minimum(below, above) / 10, CONVERGED * max(map(abs, self.extent)))
         return np.stack([nodes, residuals], axis=1)[residuals <= reach][::-1]
 

@@ -1,4 +1,4 @@
-"""How far two spectra are apart."""
+"""The distance between two spectra."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from .measure import SpectralMeasure
 
 
 def distance(a: SpectralMeasure | Any, b: SpectralMeasure | Any) -> float:
-    """Wasserstein-1 distance between two spectra, the integral of |cdf difference|, in eigenvalue
-    units.
+    """Wasserstein-1 distance between two spectra, in eigenvalue units.
+
+    This is the integral of the absolute difference of the two cumulatives.
 
     Args:
       a: a `SpectralDensity` or `SpectralMeasure`, or an array of exact eigenvalues.
-      b: likewise.
+      b: the other spectrum, of any of these types.
+
+    Raises:
+      ValueError: an array is empty or is not one-dimensional.
 
     Example:
       >>> distance([0.0, 1.0], [0.0, 3.0])
@@ -36,6 +40,7 @@ def _measure(spectrum: SpectralMeasure | Any) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(spectrum, float)
     if values.ndim != 1 or not values.size:
         raise ValueError(
-            f"a spectrum of shape {values.shape}; expected a SpectralDensity or eigenvalues (n,)."
+            f"a or b is an array of shape {values.shape}; expected a SpectralDensity, a "
+            "SpectralMeasure, or an array of n >= 1 eigenvalues, shape (n,)."
         )
     return values, np.full(values.size, 1 / values.size)

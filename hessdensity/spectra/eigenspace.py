@@ -1,4 +1,4 @@
-"""Eigenpairs with their residuals, and how two subspaces lie to each other."""
+"""Approximate eigenpairs of a symmetric operator, with their residuals."""
 
 from __future__ import annotations
 
@@ -15,39 +15,46 @@ from hessdensity.vectors.trees import Block
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Eigenspace:
-    """Approximate eigenpairs (lambda_i, q_i) of a symmetric operator, in descending order of the
-    eigenvalues.
+    """Approximate eigenpairs (lambda_i, q_i) of a symmetric operator, with descending eigenvalues.
 
-    ``space[:3]``, ``space[space.converged]`` and ``space[[0, 2]]`` are the eigenspaces of the pairs
-    chosen.
+    Indexing chooses some of the pairs: ``space[:3]``, ``space[space.converged]`` and
+    ``space[[0, 2]]`` are eigenspaces again.
 
     Raises:
-      ValueError: the fields differ in their number of pairs, or the values do not descend.
+      ValueError: the fields differ in their number of pairs, or the values are not in descending
+        order.
 
     Example:
-      >>> import hessdensity as hd
-      >>> space = hd.top_eigenspace(hd.Matrix(np.diag([1.0, -5.0, 3.0])), jax.random.key(0), 2, progress=False)
+      >>> import jax, numpy as np, hessdensity as hd
+      >>> matrix = hd.Matrix(np.diag([1.0, -5.0, 3.0]))
+      >>> space = hd.top_eigenspace(matrix, jax.random.key(0), 2, progress=False)
       >>> space.values.round(4).tolist(), space[:1].values.round(4).tolist()
       ([3.0, -5.0], [3.0])
     """
 
     values: np.ndarray
-    """(rank,) float64: eigenvalues (Rayleigh quotients), descending algebraically whichever were
-    asked for."""
+    """(rank,) float64: eigenvalues (Rayleigh quotients), from the largest to the smallest.
+
+    The order is algebraic, also where the eigenvalues were selected by magnitude.
+    """
     vectors: Block
-    """Block of the eigenvectors, every leaf (rank, *shape): orthonormal, on the device, placed like
-    the operator's."""
+    """Block of the eigenvectors. Every leaf has the shape (rank, *shape).
+
+    The vectors are orthonormal, on the device, and placed like those of the operator.
+    """
     residuals: np.ndarray
-    """(rank,) float64: norms of H q - lambda q, in eigenvalue units. An eigenvalue of H is as close
-    as that."""
+    """(rank,) float64: norms of H q - lambda q, in eigenvalue units.
+
+    An eigenvalue of H lies within this distance of the value.
+    """
     converged: np.ndarray
-    """(rank,) bool: whether the residual is small enough by the settings that made it."""
+    """(rank,) bool: whether the residual meets the tolerance of the run that found the pair."""
     num_matvecs: int
-    """Products that were spent, in vectors."""
+    """The number of products that were spent, counted in vectors."""
     num_passes: int = 0
-    """Calls of the operator that were spent: passes over the data, each with a block of vectors."""
+    """The number of calls of the operator. Each is a pass over the data with a block of vectors."""
     description: dict[str, Any] = field(default_factory=dict)
-    """What was computed: the operator's own description, settings."""
+    """The operator's own description, and the settings."""
 
     def __post_init__(self) -> None:
         for name, dtype in (("values", float), ("residuals", float), ("converged", bool)):
@@ -56,7 +63,8 @@ class Eigenspace:
             object.__setattr__(self, name, array)
             if array.ndim != 1 or array.shape != self.values.shape:
                 raise ValueError(
-                    f"{name} has shape {array.shape}, expected (rank,), here ({self.values.size},)."
+                    f"{name} has shape {array.shape}, expected (rank,), here "
+                    f"({self.values.size},): one entry for each eigenpair."
                 )
         for path, leaf in zip(
             trees.paths(self.vectors), jax.tree.leaves(self.vectors), strict=True
@@ -67,7 +75,9 @@ class Eigenspace:
                     f"rank = {self.rank}, the number of values."
                 )
         if np.any(np.diff(self.values) > 0):
-            raise ValueError(f"values are {self.values}, expected in descending order.")
+            raise ValueError(
+                f"values are {self.values}, expected in descending order. Sort the eigenpairs."
+            )
 
     @property
     def rank(self) -> int:
@@ -80,12 +90,13 @@ class Eigenspace:
         return trees.dimension(self.vectors)
 
     def __getitem__(self, index: Any) -> Eigenspace:
-        """The eigenspace of some of the pairs: a slice, a boolean mask (rank,), or indices;
-        descending all the same.
+        """The eigenspace of some pairs: a slice, a boolean mask (rank,), or a list of indices.
+
+        Its pairs are in descending order, whatever the order of the indices.
 
         Raises:
-          TypeError: ``index`` is a single number: ``space[[i]]`` is the space of one pair.
-          IndexError: out of range.
+          TypeError: ``index`` is a single number. ``space[[i]]`` is the eigenspace of one pair.
+          IndexError: an index is out of range.
           ValueError: a pair is chosen twice.
         """
         chosen = np.arange(self.rank)[index if isinstance(index, slice) else np.asarray(index)]
@@ -96,7 +107,7 @@ class Eigenspace:
             )
         if np.unique(chosen).size != chosen.size:
             raise ValueError(
-                f"index {index!r} chooses a pair twice; an eigenspace holds each one once."
+                f"index {index!r} chooses a pair twice; choose each pair at most once."
             )
         chosen = np.sort(chosen)
         return Eigenspace(
@@ -110,7 +121,8 @@ class Eigenspace:
         )
 
     def __repr__(self) -> str:
-        return f"<Eigenspace of rank {self.rank}, {self.converged.sum()} converged, n = {self.dimension:,}>"
+        counts = f"rank {self.rank}, {self.converged.sum()} converged, n = {self.dimension:,}"
+        return f"<Eigenspace of {counts}>"
 
     def __str__(self) -> str:
         about = self.description

@@ -1,4 +1,4 @@
-"""An estimated quantity, and how far to trust it."""
+"""Estimated quantities with their errors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """An estimate with its error, scalar or array: all four fields have one shape.
+    """An estimate with its error, scalar or array. All four fields have the same shape.
 
-    It stands in for its value where a number or an array is wanted (``float(e)``,
-    ``np.asarray(e)``, ``plt.plot(x, e)``) and prints with its error: ``f"{e:.3g}"``.
+    It can be used as its value where a number or an array is expected (``float(e)``,
+    ``np.asarray(e)``, ``plt.plot(x, e)``). It prints with its error: ``f"{e:.3g}"``.
 
     Example:
       >>> e = Estimate(1.0, 0.25, 0.5, 1.5)
@@ -26,10 +26,12 @@ class Estimate:
     value: Any
     """The estimate."""
     standard_error: Any
-    """One standard deviation of the estimate, in its units."""
+    """One standard deviation of the estimate, in the units of the value."""
     lower: Any
-    """Lower end of the interval that holds the truth in about 95 % of runs (less for a heavy tail
-    and one probe)."""
+    """Lower end of an interval that contains the true value in about 95 % of runs.
+
+    With a heavy tail and one probe, it contains the true value less often.
+    """
     upper: Any
     """Upper end of that interval."""
 
@@ -41,7 +43,8 @@ class Estimate:
 
     def __format__(self, spec: str) -> str:
         if np.ndim(self.value):
-            return f"{np.shape(self.value)} estimates, standard errors up to {format(np.max(self.standard_error), spec)}"
+            largest = format(np.max(self.standard_error), spec)
+            return f"{np.shape(self.value)} estimates, standard errors up to {largest}"
         return f"{format(self.value, spec)} ± {format(self.standard_error, '.2g')}"
 
     def __str__(self) -> str:
@@ -50,32 +53,39 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class BoundedEstimate(Estimate):
-    """An estimated share of a spectrum whose errors are kept apart; ``lower`` and ``upper`` combine
-    them all.
+    """An estimated share of a spectrum, with a separate field for each error.
 
-    They do not add up: the probes' interval is taken around the two ends of the quadrature's, where
-    it is another."""
+    ``lower`` and ``upper`` combine all of the errors. They are not the sum of the separate errors:
+    the interval of the probes is computed at both ends of the interval of quadrature, where it has
+    a different width than around the value.
+    """
 
     quadrature: tuple[Any, Any]
-    """(lower, upper): what these probes would have shown after infinitely many steps lies between,
-    for certain."""
+    """(lower, upper): certain bounds on the value of these probes after infinitely many steps."""
     coupling: Any
-    """How far deflation may have moved the share, at most, for certain: 1/n for each finite end of
-    the interval, less where some rules leave nothing out."""
+    """A certain bound on how far deflation has moved the share.
+
+    It is 1/n for each finite end of the interval, and less where some rules leave nothing out.
+    """
     probes: tuple[Any, Any]
-    """(lower, upper): 95 % bounds for the probes' randomness alone, around the value."""
+    """(lower, upper): 95 % bounds for the randomness of the probes alone, around the value."""
 
 
 @dataclass(frozen=True, eq=False)
 class DataEstimate(Estimate):
-    """An estimate whose error is that of the sample of data: how far it would vary from one data
-    set to the next."""
+    """An estimate whose error is that of a finite sample of data.
+
+    The error says how far the estimate would vary from one data set to the next.
+    """
 
     parts: np.ndarray
-    """(J, ...) the estimate from each part of the data alone."""
+    """(J, ...): the estimate from each of J parts of the data alone."""
     bias: Any = None
-    """How far the whole data's value is off for having finitely many examples, to first order in
-    one over their number; None where it is not known. Too few data overrate the outliers."""
+    """The part of the value that is due to the finite number of examples, or None if unknown.
+
+    It is exact to first order in one over that number. With too few data, outliers come out too
+    large.
+    """
 
 
 def estimate_of_parts(
@@ -85,8 +95,10 @@ def estimate_of_parts(
     parts: np.ndarray,
     bias: np.ndarray | None = None,
 ) -> DataEstimate:
-    """What J parts (J, ...) make of a value: ``spread`` is the variance, not smaller, that the
-    interval is to cover."""
+    """The `DataEstimate` of a value, from its estimates on J parts of the data (J, ...).
+
+    The interval covers the variance ``spread``, which is at least ``variance``.
+    """
     from scipy.special import stdtrit
 
     reach = stdtrit(len(parts) - 1, 0.975) * np.sqrt(spread)

@@ -1,4 +1,4 @@
-"""The measure of a vector over a spectrum, which sees nothing but rules."""
+"""The measure of a vector over a spectrum, computed from its quadrature rules alone."""
 
 from __future__ import annotations
 
@@ -31,42 +31,48 @@ class Extremes(NamedTuple):
 class SpectralMeasure:
     """How one vector g is distributed over a spectrum: mass (q_i.g)^2 / |g|^2 at eigenvalue i.
 
-    A share is one of the squared norm. Nothing is random: standard errors are 0, and ``lower`` and
-    ``upper`` hold the error of quadrature where a method says so (`cdf_bounds`, `mass`).
-    `spectral_measure` makes it; ``print`` it for a summary.
+    `hessdensity.spectral_measure` computes it, and ``print(measure)`` shows a summary. In the
+    methods below, a share of the eigenvalues is then a share of the squared norm |g|^2. Nothing is
+    random: standard errors are 0, and ``lower`` and ``upper`` include the error of quadrature where
+    a method says so (`cdf_bounds`, `mass`).
 
     Example:
-      >>> rule = Rule(nodes=[0.0, 2.0], weights=[0.75, 0.25], num_deflated=0, residuals=[0.0, 0.0])
-      >>> measure = SpectralMeasure((rule,), dimension=100, num_matvecs=2)
+      >>> import hessdensity as hd
+      >>> rule = hd.Rule(nodes=[0, 2], weights=[0.75, 0.25], num_deflated=0, residuals=[0, 0])
+      >>> measure = hd.SpectralMeasure((rule,), dimension=100, num_matvecs=2)
       >>> print(f"Rayleigh quotient {measure.moment(1):.3g}")
       Rayleigh quotient 0.5 ± 0
     """
 
     kind: ClassVar[str] = "measure"
-    """Names the type in files, summaries and axis labels."""
+    """The name of this type in files, summaries and axis labels."""
     random: ClassVar[bool] = False
-    """Whether the rules are of random probes."""
+    """Whether the rules come from random probes."""
 
     rules: tuple[Rule, ...]
-    """One `Rule` a probe, each of mass 1."""
+    """One `Rule` for each probe, each of mass 1."""
     dimension: int
     """n, the number of eigenvalues."""
     num_matvecs: int
-    """Products with the operator that were spent."""
+    """The number of products with the operator that were spent."""
     description: dict[str, Any] = field(default_factory=dict)
-    """What was computed: the operator's own description, settings, versions, the estimated error.
-    """
+    """The operator's own description, the settings, the versions and the estimated error."""
 
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty, expected at least one rule.")
         if max(rule.num_deflated for rule in self.rules) > self.dimension:
-            raise ValueError(f"rules: one deflates more nodes than the dimension={self.dimension}.")
+            raise ValueError(
+                f"rules: one deflates more nodes than the dimension={self.dimension}; expected "
+                "dimension to be n, the number of eigenvalues."
+            )
 
     @property
     def nodes(self) -> np.ndarray:
-        """(num_rules, longest) float64, in eigenvalue units; shorter rules repeat their last node,
-        at weight 0."""
+        """(num_rules, longest) float64, in eigenvalue units.
+
+        Shorter rules repeat their last node, with weight 0.
+        """
         longest = max(rule.nodes.size for rule in self.rules)
         return np.stack(
             [np.pad(rule.nodes, (0, longest - rule.nodes.size), mode="edge") for rule in self.rules]
@@ -74,7 +80,7 @@ class SpectralMeasure:
 
     @property
     def weights(self) -> np.ndarray:
-        """(num_rules, longest) float64, each row summing to 1, padded with 0."""
+        """(num_rules, longest) float64. Each row sums to 1 and is padded with 0."""
         longest = self.nodes.shape[1]
         return np.stack(
             [np.pad(rule.weights, (0, longest - rule.weights.size)) for rule in self.rules]
@@ -82,25 +88,27 @@ class SpectralMeasure:
 
     @property
     def bandwidth(self) -> float:
-        """The default smoothing, a standard deviation in eigenvalue units: 1/500 of the range of
-        the nodes."""
+        """The default smoothing: 1/500 of the range of the nodes.
+
+        It is a standard deviation, in eigenvalue units.
+        """
         low, high = self.extent
         scale = max(abs(low), abs(high))
         return max((high - low) / 500, scale / 1e5) or 1.0
 
     @property
     def extent(self) -> tuple[float, float]:
-        """(smallest, largest) node."""
+        """(smallest, largest) node, in eigenvalue units."""
         return float(self.nodes.min()), float(self.nodes.max())
 
     @cached_property
     def _statistics(self) -> RuleStatistics:
         return RuleStatistics(self.rules, self.dimension, self.random)
 
-    # Smooth quantities -----------------------------------------------------------------------------------------------
+    # Smooth quantities ----------------------------------------------------------------------------
 
     def pdf(self, x: Any, bandwidth: float | None = None) -> Estimate:
-        """The density at ``x``, smoothed: mean over rules of sum_i w_i N(x; node_i, bandwidth^2).
+        """The smoothed density at x: mean over the rules of sum_i w_i N(x; node_i, bandwidth^2).
 
         Args:
           x: eigenvalues, any shape.
@@ -108,10 +116,10 @@ class SpectralMeasure:
             ``self.bandwidth``).
 
         Returns:
-          `Estimate` of x's shape, in 1/eigenvalue units. Nothing is renormalized on a grid.
+          `Estimate` of x's shape, in 1/eigenvalue units. It is not renormalized on a grid.
 
         Raises:
-          ValueError: bandwidth <= 0.
+          ValueError: ``bandwidth`` is not positive.
         """
         width = self.bandwidth if bandwidth is None else bandwidth
         if not width > 0:
@@ -135,30 +143,33 @@ class SpectralMeasure:
         """Mean of ``f`` over the eigenvalues, tr f(H) / n.
 
         Args:
-          f: a function of an array of nodes, elementwise, such as ``np.log1p``.
+          f: an elementwise function of an array of nodes, such as ``np.log1p``.
 
         Raises:
-          ValueError: ``f`` does not return one finite number a node.
+          ValueError: ``f`` does not return one finite number for each node.
         """
 
         def values(nodes: np.ndarray) -> np.ndarray:
             result = np.asarray(f(nodes), float)
             if result.shape != nodes.shape or not np.all(np.isfinite(result)):
                 raise ValueError(
-                    f"f must give one finite number a node: {nodes.size} nodes from "
-                    f"{nodes.min():.3g} to {nodes.max():.3g} gave shape {result.shape}, "
-                    f"{np.sum(~np.isfinite(result))} not finite. Nodes may be negative."
+                    f"f must return one finite number for each node. For {nodes.size} nodes from "
+                    f"{nodes.min():.3g} to {nodes.max():.3g} it returned shape {result.shape}, "
+                    f"with {np.sum(~np.isfinite(result))} not finite. Define f for negative nodes, "
+                    "too."
                 )
             return result[:, None]
 
         return self._statistics.signed_expectation(values)
 
     def moment(self, k: int) -> Estimate:
-        """tr(H^k) / n, in eigenvalue units to the power k. Quadrature is exact up to k = 2
-        num_steps - 1."""
+        """tr(H^k) / n, in eigenvalue units to the power k.
+
+        Quadrature is exact up to k = 2 num_steps - 1.
+        """
         return self.expectation(lambda nodes: nodes**k)
 
-    # Shares and quantiles --------------------------------------------------------------------------------------------
+    # Shares and quantiles -------------------------------------------------------------------------
 
     def cdf(self, x: Any) -> Estimate:
         """Share of the eigenvalues that are <= x: the cumulative of the rules, a step function.
@@ -167,7 +178,7 @@ class SpectralMeasure:
           x: eigenvalues, any shape.
 
         Returns:
-          `Estimate` of x's shape; ``lower`` and ``upper`` from the Beta law of the probes.
+          `Estimate` of x's shape. ``lower`` and ``upper`` follow from the Beta law of the probes.
         """
         share = self._statistics.share(-np.inf, np.asarray(x, float))
         return Estimate(share.value, share.standard_error, *share.probes)
@@ -175,18 +186,23 @@ class SpectralMeasure:
     def cdf_bounds(
         self, x: Any, enclosure: tuple[float, float] = (-np.inf, np.inf)
     ) -> BoundedEstimate:
-        """Share of the eigenvalues that are <= x, between bounds that hold.
+        """Share of the eigenvalues that are <= x, with bounds that include every error.
 
-        Three errors, kept apart and combined. Quadrature: num_steps are few;
-        Chebyshev-Markov-Stieltjes bounds hold the cumulative of each probe's own measure, whatever
-        the spectrum. Coupling: deflation left out a coupling, which moves the share by 1/n at most,
-        converged or not (see `hessdensity.deflation`). Probes: their Beta law, at 95 %. Rigorous
-        bounds are wide: between two nodes lies the weight of both.
+        The result has each of three errors by itself, and combines them in ``lower`` and ``upper``:
+
+        - Quadrature: num_steps is limited. Chebyshev-Markov-Stieltjes bounds contain the cumulative
+          of each probe's own measure, for every spectrum.
+        - Coupling: deflation left out a coupling. This moves the share by at most 1/n, whether the
+          run has converged or not (see `hessdensity.spectra.deflation`).
+        - Probes: they are random. Their Beta law gives bounds at 95 %.
+
+        The rigorous bounds of quadrature are wide: between two nodes, they are as far apart as the
+        weights of both nodes together.
 
         Args:
           x: eigenvalues, any shape.
-          enclosure: (low, high) that holds the whole spectrum, if known: nothing lies outside.
-            Products alone never give one for certain; a norm of the operator does.
+          enclosure: (low, high) that contains the whole spectrum, if known. Products alone never
+            give a certain enclosure, but a norm of the operator does.
 
         Returns:
           `BoundedEstimate` of x's shape.
@@ -201,40 +217,39 @@ class SpectralMeasure:
         )
         if not low < high or np.any(nodes + residuals < low) or np.any(nodes - residuals > high):
             raise ValueError(
-                f"enclosure={enclosure}, expected (low, high) that holds the whole spectrum; there "
-                f"are eigenvalues near {nodes.min():.6g} and {nodes.max():.6g}."
+                f"enclosure={enclosure}, expected (low, high) that holds the whole spectrum. There "
+                f"are eigenvalues near {nodes.min():.6g} and {nodes.max():.6g}: widen it."
             )
         return self._statistics.share(-np.inf, x, enclosure)
 
     def mass(self, low: float, high: float) -> BoundedEstimate:
         """Share of the eigenvalues in [low, high].
 
-        The value is that of the rules and may hang on a single node when ``low`` or ``high`` falls
-        into a dense part of the spectrum. So ``lower`` and ``upper`` hold every error, as those of
-        `cdf_bounds` do: they are to be read, and quoted, with the value.
+        The value is that of the rules. It may depend on a single node if ``low`` or ``high`` lies
+        in a dense part of the spectrum. So ``lower`` and ``upper`` include every error, as those of
+        `cdf_bounds` do. Always read and quote them with the value.
 
-        The fraction of negative eigenvalues, ``mass(-inf, 0)``, cannot be answered where many
-        eigenvalues are zero or nearly so, as in every large network: rounding decides their sign,
-        and plain quadrature answers anything from 0 to 1 as num_steps change. Ask away from zero,
-        ``mass(-inf, -epsilon)``, with an epsilon that means something to you, such as 1e-3 of the
-        largest eigenvalue.
+        The share of negative eigenvalues, ``mass(-inf, 0)``, cannot be determined where many
+        eigenvalues are zero or nearly zero, as in every large network. Rounding decides their sign,
+        and plain quadrature gives anything from 0 to 1 when num_steps changes. Ask for
+        ``mass(-inf, -epsilon)`` instead, with an epsilon that has a meaning in your problem, such
+        as 1e-3 of the largest eigenvalue.
 
         Raises:
-          ValueError: low > high.
+          ValueError: ``low`` is greater than ``high``.
         """
         if not low <= high:
             raise ValueError(f"low={low}, high={high}: expected low <= high.")
         return self._statistics.share(float(low), float(high))
 
     def quantile(self, p: float) -> Estimate:
-        """The eigenvalue below which a share p of the spectrum lies: the smallest node with cdf >=
-        p.
+        """The eigenvalue below which a share p of the spectrum lies.
 
-        ``lower`` and ``upper`` invert the bounds of `cdf`; the standard error is a quarter of their
-        distance.
+        It is the smallest node with cdf >= p. ``lower`` and ``upper`` invert the bounds of `cdf`.
+        The standard error is a quarter of the distance between them.
 
         Raises:
-          ValueError: p is not in [0, 1].
+          ValueError: ``p`` is not in [0, 1].
         """
         if not 0 <= p <= 1:
             raise ValueError(f"p={p}, expected a share in [0, 1].")
@@ -242,7 +257,7 @@ class SpectralMeasure:
         cdf = self.cdf(nodes)
 
         def first(levels: np.ndarray) -> float:
-            # Sums of weights miss 1 by rounding; the last node is the answer then.
+            # Sums of weights miss 1 by rounding. If they miss p, the answer is the last node.
             return float(nodes[min(int(np.searchsorted(levels, p - 1e-12)), nodes.size - 1)])
 
         lower, value, upper = (
@@ -251,11 +266,12 @@ class SpectralMeasure:
         return Estimate(value, (upper - lower) / 4, lower, upper)
 
     def extremes(self) -> Extremes:
-        """The smallest and the largest node, with residuals.
+        """The smallest and the largest node, with their residuals as errors.
 
-        An eigenvalue lies in [lower, upper], which for a residual far below the gaps to its
-        neighbors is the extreme one. That no eigenvalue lies beyond, products alone cannot prove:
-        a probe may miss a direction."""
+        An eigenvalue lies in [lower, upper]. It is the extreme one if the residual is far below the
+        gaps to the neighbors. But products alone cannot prove that no eigenvalue lies beyond,
+        because a probe may miss a direction.
+        """
         nodes = np.concatenate([rule.nodes for rule in self.rules])
         residuals = np.concatenate([rule.residuals for rule in self.rules])
         ends = [(float(nodes[i]), float(residuals[i])) for i in (nodes.argmin(), nodes.argmax())]
@@ -264,8 +280,10 @@ class SpectralMeasure:
         )
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw it; returns the matplotlib Axes. ``options`` as for
-        `hessdensity.plots.plot_density`."""
+        """Draw the density and return the matplotlib Axes.
+
+        ``options`` are those of `hessdensity.plots.plot_density`.
+        """
         from hessdensity.plots import plot_density
 
         return plot_density(self, ax, **options)
@@ -275,18 +293,19 @@ class SpectralMeasure:
         return summarize(self, "Measure of a vector over the spectrum", rayleigh)
 
     def save(self, path: str | Path) -> None:
-        """Write a versioned ``.npz`` without pickles to exactly ``path``; all but vectors."""
-        archive.write(path, self.kind, self._contents())
+        """Write everything but vectors to exactly ``path``, as a versioned npz without pickles."""
+        archive.write(path, self.kind, self.contents())
 
-    def _contents(self) -> archive.Contents:
+    def contents(self) -> archive.Contents:
+        """The fields that are saved."""
         return archive.Contents(self.rules, self.dimension, self.num_matvecs, self.description)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote, equal to what was saved bit for bit.
+        """Read a file that `save` wrote. The result equals the saved one bit for bit.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the file holds something else, or a newer version of the format.
+          ValueError: the file holds something else, or has a newer version of the format.
         """
         return cls(*archive.read(path, cls.kind))

@@ -1,4 +1,4 @@
-"""How two subspaces lie to each other, and where one vector lies in an eigenspace."""
+"""Angles between two subspaces, and the components of one vector in an eigenspace."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from hessdensity.vectors.trees import Block, PyTree
 
 from .eigenspace import Eigenspace
 
-_ORTHONORMAL = 1e-3  # far above the rounding of a float32 basis, far below any other vectors'
+# Far above the rounding error of an orthonormal float32 basis, far below the deviation of any other
+# vectors.
+_ORTHONORMAL = 1e-3
 
 
 def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
-    """How much of one subspace lies in another: ||U^T V||_F^2 / k, the mean squared cosine of the
-    principal angles.
+    """The share of one subspace that lies in another: ||U^T V||_F^2 / k.
 
-    k is the smaller of the two ranks: 1 means that the smaller space lies within the larger one.
-    Two random spaces of ranks k and l overlap by l/n.
+    This is the mean squared cosine of the principal angles, and k is the smaller of the two ranks.
+    An overlap of 1 means that the smaller space lies within the larger one. Two random spaces of
+    ranks k and l overlap by l/n.
 
     Args:
       u: an `Eigenspace`, or a block of orthonormal vectors.
@@ -33,12 +35,13 @@ def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
     Raises:
       ValueError: the vectors differ in structure or shapes, or there are none.
 
-    Cost: no products; reads each of the k vectors of one space once for each of the other's, where
-      they are.
+    Cost: no products. Each of the k vectors of one space is read once for each vector of the other
+      space, where it is stored.
 
     Source: Wu, Zhu, Wu, Wang and Ge (2020), for Hessians; Björck and Golub (1973), for the angles.
 
     Example:
+      >>> import numpy as np
       >>> x, y, z = np.eye(3, dtype=np.float32)
       >>> overlap(np.stack([x, y]), np.stack([x, z]))
       0.5
@@ -49,13 +52,12 @@ def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
 
 
 def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarray:
-    """The principal angles between two subspaces, in radians, ascending: (k,) float64, k the
-    smaller rank.
+    """The principal angles between two subspaces, in radians, in ascending order.
 
-    cos(theta_i) are the singular values of U^T V. Below 45 degrees they are taken from the sines
-    instead, the singular values of (I - U U^T) V: a cosine cannot tell an angle below the root of
-    the rounding unit from 0 (Björck and Golub 1973; Knyazev and Argentati 2002). So the error is a
-    few rounding units of the vectors for every angle.
+    The cosines, cos(theta_i), are the singular values of U^T V. An angle below 45 degrees is
+    computed from its sine instead, a singular value of (I - U U^T) V: a cosine cannot distinguish
+    an angle below the square root of the rounding unit from 0 (Björck and Golub 1973; Knyazev and
+    Argentati 2002). So the error is a few rounding units of the vectors for every angle.
 
     Args:
       u: an `Eigenspace`, or a block of orthonormal vectors.
@@ -64,25 +66,31 @@ def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarr
     Raises:
       ValueError: the vectors differ in structure or shapes, or there are none.
 
-    Cost: no products; as `overlap`, three times. Memory: three times the vectors of the smaller
-      space.
+    Returns:
+      (k,) float64, where k is the smaller of the two ranks.
+
+    Cost: no products. It reads the vectors three times as often as `overlap`. Memory: three times
+      the vectors of the smaller space.
 
     Example:
+      >>> import numpy as np
       >>> x, y, z = np.eye(3, dtype=np.float32)
-      >>> np.degrees(principal_angles(np.stack([x, y]), np.stack([x, (y + z) / np.float32(2**0.5)]))).round(3).tolist()
+      >>> tilted = np.stack([x, (y + z) / np.float32(2**0.5)])
+      >>> np.degrees(principal_angles(np.stack([x, y]), tilted)).round(3).tolist()
       [0.0, 45.0]
     """
     u, v = _pair(u, v)
     if trees.count(u) < trees.count(v):
         u, v = v, u
-    # The principal vectors of v first: the sines of distinct angles are then one column's each.
+    # Start from the principal vectors of v. The sines of distinct angles then belong to one column
+    # each.
     _, cosines, rotation = np.linalg.svd(gram(v, u).T, full_matrices=False)
     rest = combine(chunks_of(v), rotation, trees.one_of(v))
-    for _ in range(2):  # once more for what rounding leaves in the plane
+    for _ in range(2):  # a second time, because rounding leaves components in the plane of u
         rest, _ = project_out(rest, chunks_of(u))
     rest, norms = trees.unit(rest)
-    # Columns of unit length: their Gram matrix squares no small angle away. The lengths join again
-    # in float64.
+    # The columns have unit length here, so that small angles are not lost when the Gram matrix
+    # squares them. The lengths are multiplied back in float64.
     eigenvalues, directions = np.linalg.eigh(gram(rest, rest))
     sizes = np.asarray(norms, float)
     root = np.sqrt(np.maximum(eigenvalues, 0))[:, None] * directions.T
@@ -94,7 +102,7 @@ def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarr
 
 
 def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTree]:
-    """Two blocks with vectors of one structure, of one dtype a leaf."""
+    """The vectors of both spaces as blocks of the same structure, with one dtype for each leaf."""
     u, v = (space.vectors if isinstance(space, Eigenspace) else space for space in (u, v))
     structures: Any = jax.tree.structure(u), jax.tree.structure(v)
     if structures[0] != structures[1]:
@@ -106,7 +114,7 @@ def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTre
             where = f"leaf {path!r} is" if path else "they are"
             raise ValueError(
                 f"u and v are of different operators: {where} {np.shape(x)} and {np.shape(y)}; "
-                "expected blocks, which differ in the first axis alone."
+                "expected blocks that differ in the first axis only."
             )
     if not min(trees.count(u), trees.count(v)):
         raise ValueError(
@@ -121,7 +129,7 @@ def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTre
 
 
 def gram(u: Block, v: Block) -> np.ndarray:
-    """Inner products of two blocks' vectors, (k, l) float64 on the host."""
+    """Inner products of the vectors of two blocks: (k, l) float64 on the host."""
     return coefficients(chunks_of(v), u)[:, : trees.count(v)]
 
 
@@ -129,22 +137,23 @@ def one_vector(eigenspace: Eigenspace) -> PyTree:
     """Shapes and dtypes of one eigenvector."""
     if not isinstance(eigenspace, Eigenspace):
         raise TypeError(
-            f"eigenspace is a {type(eigenspace).__name__}; expected what "
-            "hd.top_eigenspace(operator, key, rank) gives."
+            f"eigenspace is a {type(eigenspace).__name__}; expected an Eigenspace, as "
+            "hd.top_eigenspace(operator, key, rank) returns it."
         )
     return trees.one_of(eigenspace.vectors)
 
 
 def unit(vector: PyTree, like: PyTree, what: str) -> tuple[PyTree, float]:
-    """(a vector at unit length, as a block of one; its length).
+    """A vector scaled to unit length, as a block of one, and its original length.
 
     Raises:
-      ValueError: it is not like ``like``, or a block of several, or zero, or not finite.
+      ValueError: the vector does not match ``like``, is a block of several vectors, is zero, or is
+        not finite.
     """
     block, single = trees.as_block(vector, like, what)
     if not single:
         raise ValueError(
-            f"{what} is a block of {trees.count(block)} vectors; expected a single one."
+            f"{what} is a block of {trees.count(block)} vectors; expected a single vector."
         )
     block, norms = trees.unit(block)
     (length,) = np.asarray(norms, float)
@@ -160,26 +169,29 @@ def norm(vector: PyTree) -> float:
 
 
 def components(eigenspace: Eigenspace, block: PyTree) -> np.ndarray:
-    """The inner products q_i.v with one vector, a block of one: (rank,) float64.
+    """The inner products q_i.v with one vector v, a block of one: (rank,) float64.
 
     Raises:
-      ValueError: the eigenvectors are not orthonormal. The squares add up to the squared norm of
-        the projection only if they are, and that is what is compared; it costs what the inner
-        products did.
+      ValueError: the eigenvectors are not orthonormal. Only if they are, the squares of the inner
+        products add up to the squared norm of the projection. The function compares these two
+        numbers, which costs as much as the inner products.
     """
     vectors = eigenspace.vectors
     values = gram(block, vectors)[0]
     projection = combine(chunks_of(vectors), values[None], trees.one_of(vectors))
     projected, expected = float(trees.norm(projection)[0]), float(np.linalg.norm(values))
-    if not abs(projected - expected) <= _ORTHONORMAL * expected:  # written so that a NaN is refused
+    if not abs(projected - expected) <= _ORTHONORMAL * expected:  # also true for NaN
         raise ValueError(
-            f"eigenspace.vectors are not orthonormal: a projection of norm {expected:.6g} has "
-            f"{projected:.6g}. Take them as hd.top_eigenspace gave them, or orthonormalize."
+            f"eigenspace.vectors are not orthonormal: a projection of norm {expected:.6g} has norm "
+            f"{projected:.6g} instead. Use the vectors that hd.top_eigenspace returned, or "
+            "orthonormalize yours."
         )
     return values
 
 
 def shares(parts: np.ndarray, whole: float) -> np.ndarray:
-    """Non-negative parts, added up, of the whole that they are part of; rounding may make them a
-    little more."""
+    """Cumulative shares of non-negative parts in their whole.
+
+    They are at most 1, although rounding may make the sum of the parts larger than the whole.
+    """
     return np.minimum(np.cumsum(parts) / whole, 1)

@@ -1,4 +1,4 @@
-"""What ``print`` shows of a spectral density or of the measure of a vector."""
+"""The text that ``print`` shows for a spectral density and for the measure of a vector."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from hessdensity.text import named_rows, of_operator, plural
 if TYPE_CHECKING:
     from .measure import SpectralMeasure
 
-_SHOWN = 5  # outliers, from the largest in size
+_SHOWN = 5  # the number of outliers that are listed, starting with the largest in size
 
 
 def summarize(measure: SpectralMeasure, title: str, own: Mapping[str, str | None]) -> str:
-    """The main figures, each with its error, and what they cost.
+    """The main figures of a result, each with its error, and their cost.
 
     Args:
-      measure: what is summarized.
-      title: what it is.
-      own: further rows, which only this type of result has.
+      measure: the result.
+      title: the name of this type of result.
+      own: further rows that only this type of result has.
     """
-    extremes, zero = measure.extremes(), 1e-3 * max(map(abs, measure.extent))
+    extremes = measure.extremes()
+    zero = 1e-3 * max(map(abs, measure.extent))
     near_zero = measure.mass(-zero, zero)
     about = measure.description
     rows = {
@@ -44,7 +45,7 @@ def summarize(measure: SpectralMeasure, title: str, own: Mapping[str, str | None
 
 
 def found(outliers: np.ndarray) -> str | None:
-    """The eigenvalues that deflation has found, largest in size first."""
+    """The eigenvalues that deflation found, starting with the largest in size."""
     values = sorted(outliers[:, 0], key=abs, reverse=True)
     if not values:
         return None
@@ -66,8 +67,9 @@ def _error(error: Mapping[str, float] | None) -> str | None:
 
 
 def _spent(measure: SpectralMeasure) -> str:
-    """Products, time, and what they were spent on."""
-    about, parts = measure.description, []
+    """The number of products, the time, and the runs that the products were spent on."""
+    about = measure.description
+    parts = []
     spent = about.get("spent", {})
     if spent.get("deflation"):
         parts.append(f"{spent['deflation']} steps of deflation")

@@ -179,8 +179,9 @@ def gradient_covariance(
         return _Scatter(origin, total, [*scatter.along, parts], [*scatter.lengths, length])
 
     start = _Scatter(None, trees.zeros(risk.like), [], [])
-    settings = {"combine": combine, "initial": start, "what": "the gradient"}
-    scatter, numbers = risk.fold(gradient_kernel, [()], **settings)
+    scatter, numbers = risk.fold(
+        gradient_kernel, [()], combine=combine, initial=start, what="the gradient"
+    )
     return _covariance(scatter, numbers, eigenspace)
 
 

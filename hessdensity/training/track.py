@@ -247,7 +247,7 @@ class Track:
         """Write a versioned ``.npz`` without pickles to exactly ``path``; all but the eigenspace's
         vectors."""
         columns = {name: self._column(name) for name in COLUMNS}
-        densities = [density and density._contents() for density in self.densities]
+        densities = [density.contents() if density else None for density in self.densities]
         about = {"num_classes": self.num_classes, "description": self.description}
         track_archive.write(path, track_archive.TrackContents(columns, densities, about))
 

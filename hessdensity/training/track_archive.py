@@ -76,7 +76,9 @@ def density_as_json(contents: Contents | None) -> dict[str, Any] | None:
 
 def density_from_json(saved: dict[str, Any] | None) -> Contents | None:
     """The inverse of `density_as_json`."""
-    return saved and _contents(saved, tuple(Rule(**rule) for rule in saved["rules"]))
+    if saved is None:
+        return None
+    return _contents(saved, tuple(Rule(**rule) for rule in saved["rules"]))
 
 
 def _contents(head: dict[str, Any], rules: tuple[Rule, ...]) -> Contents:

@@ -260,11 +260,12 @@ class Tracker:
             return
         from etils import epath
 
+        contents = point.density.contents() if point.density else None
         scalars = {
             "step": point.step,
             "params": describe(operator).get("params"),
             "columns": point.columns(),
-            "density": track_archive.density_as_json(point.density and point.density._contents()),
+            "density": track_archive.density_as_json(contents),
         }
         self._steps.add(Step(space.vectors, scalars), point.num_matvecs)
         self._steps.finish()

@@ -1,13 +1,14 @@
 """Stored bases: orthonormal vectors in chunks of fixed size, on the device or on the host.
 
-Layout of a chunk. A leaf of a vector is cut into rows: its last axis, or pieces of it where that is
-long. In a chunk the c basis vectors alternate row by row, (k, ..., c, row) for a leaf (..., row). A
-row of the vector that they are multiplied with is then read once for all of them, from the nearest
-cache: four times as fast as one basis vector after the other. On a mesh no axis is cut, so that
-every vector of a chunk keeps the shards of the leaf.
+Layout of a chunk. Each leaf of a vector is cut into rows: its last axis, or pieces of its last axis
+if that is long. In a chunk the c basis vectors alternate row by row: a leaf (..., row) becomes
+(k, ..., c, row). When a chunk is multiplied with a vector, each row of that vector is read once for
+all c basis vectors, from the nearest cache. This is four times as fast as reading one basis vector
+after the other. On a mesh no axis is cut, so that every vector of a chunk keeps the shards of its
+leaf.
 
 Every kernel has the shape of a block or of a chunk, so that the number of compiled programs does
-not grow with the basis. Consumed arguments are donated, so that nothing is copied.
+not grow with the basis. Arguments that a kernel consumes are donated, so that nothing is copied.
 """
 
 from __future__ import annotations
@@ -26,60 +27,62 @@ from . import sums, trees
 from .trees import Block, Chunk, Vector
 
 CHUNK = 8
-"""Basis vectors in a chunk. Few, because the last chunk is read whole and its zeros take memory."""
+"""Basis vectors in a chunk: few, because the unused ones of the last chunk are read and stored."""
 
 STORAGES = ("device", "host", "none")
-"""Where a basis is kept: beside the vectors, in the host's memory, or nowhere."""
+"""Where a basis is kept: on the device beside the vectors, in the host's memory, or nowhere."""
 
-_HOST = "pinned_host"  # JAX's name of the host memory that a device can read by itself
+_HOST = "pinned_host"  # JAX's name for host memory that a device can read directly
 
 
 class Basis(NamedTuple):
-    """Orthonormal vectors, equally many for each of k probes. A basis of one probe can serve k.
+    """Orthonormal vectors, the same number for each of k probes.
 
-    With ``offload`` the full chunks wait in the host's memory and come to the device one at a time.
-    The arithmetic and its order are the same, so that both storages agree bit for bit.
+    The basis of a single probe can be used for k vectors. With ``offload`` the full chunks stay in
+    the host's memory and come to the device one at a time. The arithmetic and its order do not
+    change, so the results are bit-identical with and without ``offload``.
     """
 
     chunks: tuple[Chunk, ...] = ()
-    """CHUNK vectors each; those of the last chunk that are not yet reached are zero."""
+    """Chunks of CHUNK vectors each; the vectors of the last chunk not yet filled are zero."""
     size: int = 0
     """The number of vectors of each probe."""
     offload: bool = False
     """Whether full chunks are kept in the host's memory."""
 
     def append(self, block: Block) -> Basis:
-        """The basis with one more vector for each probe. It takes over the last chunk's memory."""
+        """The basis with one more vector for each probe. It reuses the last chunk's memory."""
         row = self.size % CHUNK
         if row:
-            chunks = (*self.chunks[:-1], _write_row(self.chunks[-1], block, row))
+            chunks = (*self.chunks[:-1], write_row(self.chunks[-1], block, row))
         else:
             full = tuple(map(_to_host, self.chunks[-1:])) if self.offload else self.chunks[-1:]
-            chunks = (*self.chunks[:-1], *full, _first_row(block))
+            chunks = (*self.chunks[:-1], *full, first_row(block))
         return self._replace(chunks=chunks, size=self.size + 1)
 
     def extend(self, block: Block) -> Basis:
-        """The basis of one probe with the k vectors of a block, one after the other."""
+        """The basis of one probe with the k vectors of a block appended one after the other."""
         basis = self
         for index in range(trees.count(block)):
             basis = basis.append(trees.pick(block, index))
         return basis
 
     def combine(self, factors: np.ndarray, like: Vector) -> Block:
-        """Linear combinations of the vectors of one probe: k of them from ``factors`` (k, size)."""
+        """Linear combinations of one probe's vectors: k of them, from ``factors`` (k, size)."""
         return combine(self.chunks, factors, like)
 
 
 def chunks_of(block: Block) -> Iterator[Chunk]:
     """The vectors of a block as the chunks of one probe, made one at a time."""
     for piece in trees.split(block, CHUNK):
-        yield _as_chunk(piece)
+        yield as_chunk(piece)
 
 
 def coefficients(chunks: Iterable[Chunk], block: Block) -> np.ndarray:
     """Inner products of all basis vectors with each of k vectors: (k, CHUNK x chunks) float64.
 
-    The chunks hold the vectors of one probe, which serves all, or of k probes, each for its own.
+    The chunks hold the basis of a single probe, which is used for all k vectors, or the bases of k
+    probes, one for each vector.
     """
     parts = [np.asarray(inner_products(on_device(chunk), block), float) for chunk in chunks]
     return np.concatenate([np.zeros((trees.count(block), 0)), *parts], axis=1)
@@ -89,7 +92,8 @@ def combine(chunks: Iterable[Chunk], factors: np.ndarray, like: Vector) -> Block
     """Linear combinations of the basis vectors of one probe: a block of k vectors.
 
     Args:
-      chunks: in the order of the vectors. Those whose factors are all zero are not read.
+      chunks: the basis, in the order of its vectors. Chunks whose factors are all zero are not
+        read.
       factors: (k, number of vectors).
       like: shapes, dtypes and shardings of one vector.
     """
@@ -104,11 +108,11 @@ def combine(chunks: Iterable[Chunk], factors: np.ndarray, like: Vector) -> Block
 
 
 def on_device(chunk: Chunk) -> Chunk:
-    """The chunk where its vectors are, from wherever it is kept."""
+    """The chunk on its devices, moved there if it is stored on the host."""
 
     def fetch(leaf: jax.Array) -> jax.Array:
-        away = leaf.sharding.memory_kind == _HOST
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if away else leaf
+        on_host = leaf.sharding.memory_kind == _HOST
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind("device")) if on_host else leaf
 
     return jax.tree.map(fetch, chunk)
 
@@ -124,7 +128,7 @@ def _to_host(chunk: Chunk) -> Chunk:
 
 
 def _in_rows(leaf: jax.Array) -> jax.Array:
-    """A block's leaf with its last axis split where it is long: (k, ..., row)."""
+    """A block's leaf as (k, ..., row): its last axis, split if it is long."""
     if leaf.ndim == 1:
         return leaf[:, None]
     length = leaf.shape[-1]
@@ -134,13 +138,13 @@ def _in_rows(leaf: jax.Array) -> jax.Array:
 
 
 def _in_rows_of(basis: jax.Array, leaf: jax.Array) -> jax.Array:
-    """A block's leaf in the rows of a chunk's leaf."""
+    """A block's leaf cut into the same rows as a chunk's leaf."""
     return leaf.reshape(leaf.shape[0], *basis.shape[1:-2], basis.shape[-1])
 
 
 @jax.jit
-def _first_row(block: Block) -> Chunk:
-    """A new chunk: each of the k vectors is its probe's first one, the others are zero."""
+def first_row(block: Block) -> Chunk:
+    """A new chunk: the block holds each probe's first vector, and the other vectors are zero."""
 
     def make(leaf: jax.Array) -> jax.Array:
         first = jnp.expand_dims(_in_rows(leaf), -2)
@@ -151,8 +155,8 @@ def _first_row(block: Block) -> Chunk:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_row(chunk: Chunk, block: Block, row: jax.Array | int) -> Chunk:
-    """The chunk with the block as its basis vectors number ``row``."""
+def write_row(chunk: Chunk, block: Block, row: jax.Array | int) -> Chunk:
+    """The chunk with basis vector number ``row`` of each probe taken from the block."""
 
     def write(basis: jax.Array, leaf: jax.Array) -> jax.Array:
         rows = jnp.expand_dims(_in_rows_of(basis, leaf), -2)
@@ -162,12 +166,13 @@ def _write_row(chunk: Chunk, block: Block, row: jax.Array | int) -> Chunk:
 
 
 @jax.jit
-def _as_chunk(block: Block) -> Chunk:
-    """Up to CHUNK vectors as one chunk of one probe; the vectors that are missing are zero."""
+def as_chunk(block: Block) -> Chunk:
+    """Up to CHUNK vectors as one chunk of one probe, padded with zero vectors."""
 
     def stack(leaf: jax.Array) -> jax.Array:
         rows = jnp.moveaxis(_in_rows(leaf), 0, -2)[None]
-        missing, axis = CHUNK - leaf.shape[0], rows.ndim - 2
+        missing = CHUNK - leaf.shape[0]
+        axis = rows.ndim - 2
         return jnp.pad(rows, [(0, missing if i == axis else 0) for i in range(rows.ndim)])
 
     return jax.tree.map(stack, block)
@@ -180,20 +185,23 @@ def _as_chunk(block: Block) -> Chunk:
 def inner_products(chunk: Chunk, block: Block) -> jax.Array:
     """Inner products of each probe's basis vectors with its own vector: (k, c), on the device.
 
-    Row by row, one small matrix-vector product each, and their sum: no partial sum is longer than a
-    row, or than the number of rows. On a mesh they are summed as all inner products are: only the
-    coefficients leave a device. A chunk of one probe serves all k vectors.
+    Each row gives one small matrix-vector product, and these are added up. So no partial sum is
+    longer than a row, or than the number of rows. On a mesh the sum is taken as for all inner
+    products (`hessdensity.vectors.sums`): only the coefficients leave a device. A chunk of one
+    probe is used for all k vectors.
     """
 
     def products(basis: jax.Array, rows: jax.Array) -> jax.Array:
         if sums.num_devices(basis) > 1:
             return sums.sum_products(basis, jnp.expand_dims(rows, -2), -2)
-        axis, batch = rows.ndim - 1, tuple(range(rows.ndim - 1))
+        axis = rows.ndim - 1
+        batch = tuple(range(axis))
         contracted = (((axis + 1,), (axis,)), (batch, batch))
         by_row = lax.dot_general(basis, rows, contracted, precision=lax.Precision.HIGHEST)
         return by_row.sum(batch)
 
-    dtype, parts = trees.scalar_dtype(block), []
+    dtype = trees.scalar_dtype(block)
+    parts = []
     for basis, leaf in zip(jax.tree.leaves(chunk), jax.tree.leaves(block), strict=True):
         rows = _in_rows_of(basis, leaf)
         shared = basis.shape[0] != rows.shape[0]
@@ -203,14 +211,14 @@ def inner_products(chunk: Chunk, block: Block) -> jax.Array:
 
 
 def subtract_combination(block: Block, factors: jax.Array, chunk: Chunk) -> Block:
-    """Block minus the sum over c of factors[:, c] * basis vector c.
+    """The block minus the sum over c of factors[:, c] * basis vector c.
 
-    Unrolled over the c basis vectors: one fused elementwise pass at the speed of memory, sharded as
-    the leaves are.
+    The loop over the c basis vectors is unrolled into one fused elementwise pass, which runs at the
+    speed of memory and keeps the sharding of the leaves.
     """
 
     def subtract(leaf: jax.Array, basis: jax.Array) -> jax.Array:
-        # The barriers keep XLA from computing, for every element, where it stands in the leaf.
+        # Without the barriers XLA would compute, for every element, its position in the leaf.
         rows = lax.optimization_barrier(_in_rows_of(basis, leaf))
         for index in range(factors.shape[1]):
             rows = rows - basis[..., index, :] * trees.column(factors[:, index], rows)

@@ -13,18 +13,18 @@ from .trees import Block, Vector
 
 
 def random_block(key: jax.Array, first: int, count: int, like: Vector) -> Block:
-    """``count`` vectors uniform on the unit sphere: normalized Gaussians, E[v vT] = I/n.
+    """``count`` vectors uniform on the unit sphere: normalized Gaussians, E[v v^T] = I/n.
 
-    Vector i depends on ``fold_in(key, first + i)`` alone. Neither the number of vectors drawn with
-    it nor any sharding changes it.
+    Vector i depends only on ``fold_in(key, first + i)``. Neither the number of vectors drawn with
+    it nor the sharding changes it.
     """
     leaves = jax.tree.leaves(like)
     indices = jnp.arange(first, first + count, dtype=jnp.uint32)
     block = jax.tree.unflatten(
         jax.tree.structure(like), _gaussian_sampler(tuple(leaves))(key, indices)
     )
-    # Not in one program with the draw: XLA would repeat the draw in every use of its result, and
-    # would compile for minutes.
+    # This is a separate program. Together with the draw, XLA would repeat the draw for every use of
+    # its result, and would compile for minutes.
     return trees.unit(block)[0]
 
 

@@ -1,4 +1,4 @@
-"""Which leaves of a tree form the vector, and which are held fixed."""
+"""Select the leaves of a tree that form the vector; the other leaves are held fixed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ Where = str | Callable[[str], bool] | None
 
 @dataclass(frozen=True)
 class Selection:
-    """A split of a tree's leaves, by position. Hashable, so that it may be part of what a compiled
-    function is."""
+    """A split of a tree's leaves, by position, into selected and held ones.
+
+    It is hashable, so that it can be a static part of a compiled function.
+    """
 
     structure: Any
     chosen: tuple[bool, ...]
 
     def split(self, tree: Any) -> tuple[Any, list[Any]]:
-        """(the tree with None at held leaves, the held leaves)."""
+        """The tree with None in place of the held leaves; the held leaves."""
         leaves = self.structure.flatten_up_to(tree)
         selected = [
             leaf if chosen else None for leaf, chosen in zip(leaves, self.chosen, strict=True)
@@ -33,7 +35,7 @@ class Selection:
         ]
 
     def merge(self, selected: Any, held: list[Any]) -> Any:
-        """The whole tree again."""
+        """The whole tree: the inverse of `split`."""
         sources = {True: iter(jax.tree.leaves(selected)), False: iter(held)}
         return self.structure.unflatten([next(sources[chosen]) for chosen in self.chosen])
 
@@ -45,12 +47,15 @@ class Selection:
 
 
 def select(tree: Any, where: Where) -> Selection:
-    """The leaves of ``tree`` whose path matches ``where``: a glob, a predicate on the path, or None
-    for all.
+    """Select the leaves of ``tree`` whose path matches ``where``.
+
+    Args:
+      tree: pytree of arrays.
+      where: a glob on the path, a predicate on the path, or None for all leaves.
 
     Raises:
-      TypeError: ``where`` is neither.
-      ValueError: nothing matches; the message lists the paths.
+      TypeError: ``where`` is not a glob, a function or None.
+      ValueError: no leaf matches (the message lists the paths), or the tree has no leaves.
     """
     names = trees.paths(tree)
     if where is None:
@@ -61,8 +66,8 @@ def select(tree: Any, where: Where) -> Selection:
         chosen = [bool(where(name)) for name in names]
     else:
         raise TypeError(
-            f"where={where!r} is a {type(where).__name__}; give a glob such as 'Dense_0/*', or a "
-            "function of the path."
+            f"where={where!r} is a {type(where).__name__}; expected a glob such as 'Dense_0/*', a "
+            "function of the path, or None for all leaves."
         )
     if not names:
         raise ValueError("params has no leaves; expected a pytree of arrays.")

@@ -1,15 +1,16 @@
-"""Sums over the entries of arrays whose rounding does not grow with their number, nor their
-communication.
+"""Sums over array entries whose rounding and communication do not grow with the array's size.
 
-Precision. A float32 sum of n = 1e6 terms of one sign loses 2e-5 when accumulated naively, and that
-becomes the loss of orthogonality of a Lanczos basis. Here a reduction goes one axis at a time and
-no axis is longer than ``LONGEST``, so that its error does not grow with n.
+Precision. A float32 sum of n = 1e6 terms of one sign, accumulated naively, has a relative error of
+2e-5. A Lanczos basis would lose orthogonality to the same extent. Here a reduction proceeds one
+axis at a time, and no axis is longer than ``LONGEST``, so that the error does not grow with n.
 
-Communication. Where a sharded axis is summed, XLA adds up over the devices there and then: axis by
-axis, that would send whole arrays of partial sums. Which axes are sharded is not known while a
-function is traced, but on how many devices the array lies is. An axis is cut into as many pieces as
-it could have shards, and the sums within the pieces, which need no other device, come first. Those
-over the pieces come last, all axes at once: only their result travels."""
+Communication. When XLA sums over a sharded axis, it immediately adds up over the devices. Summing
+axis by axis would therefore send whole arrays of partial sums. While a function is traced, it is
+not known which axes of an array are sharded, but the number of its devices is known. So each axis
+is cut into as many pieces as it could have shards. The sums within the pieces come first; they need
+no communication. The sums over the pieces come last, over all axes in one step, so that only their
+result is sent.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +21,20 @@ import jax.numpy as jnp
 from jax import lax
 
 LONGEST = 1024
+"""The most terms that are added up in one stage of a sum."""
 
 
 def num_devices(array: jax.Array) -> int:
-    """How many devices the array's mesh has, known while it is traced too; 1 without a mesh."""
+    """The number of devices in the array's mesh, also known during tracing; 1 without a mesh."""
     return max(jax.typeof(array).sharding.mesh.size, 1)
 
 
 def sum_products(x: jax.Array, y: jax.Array, keep: int) -> jax.Array:
-    """Sum of x * y over all axes but one.
+    """Sum of x * y over all axes except the axis ``keep``.
 
-    Not a matrix-vector product, which reads memory twice as fast but accumulates naively: 2e-5 at n
-    = 1e6 against 1e-7."""
+    A matrix-vector product would read memory twice as fast, but it accumulates naively: at n = 1e6
+    its error is 2e-5, against 1e-7 here.
+    """
     if (devices := num_devices(x)) == 1:
         return _bounded_sum(jnp.moveaxis(x, keep, 0), jnp.moveaxis(y, keep, 0))
     product = x * y
@@ -44,8 +47,8 @@ def sum_products(x: jax.Array, y: jax.Array, keep: int) -> jax.Array:
 def _bounded_sum(x: jax.Array, y: jax.Array) -> jax.Array:
     """Sum of x * y over all axes but the first, in stages of at most ``LONGEST`` terms.
 
-    Not a plain sum: XLA would merge the stages of a reshaped axis into one naive sum, but for the
-    barrier."""
+    Without the barrier XLA would merge the stages of a reshaped axis into one naive sum.
+    """
     for axis in range(1, x.ndim):
         length = x.shape[axis]
         if length <= LONGEST:
@@ -68,9 +71,11 @@ def _bounded_sum(x: jax.Array, y: jax.Array) -> jax.Array:
 def _sum_pieces(terms: jax.Array, axis: int, count: int) -> jax.Array:
     """Sums over each of ``count`` equal pieces of an axis, in stages of at most ``LONGEST`` terms.
 
-    The barrier is on the sums and not on the terms, which need then not be in memory.
+    The barrier is on the sums rather than on the terms, so that the terms need no memory.
     """
-    before, after, length = terms.shape[:axis], terms.shape[axis + 1 :], terms.shape[axis] // count
+    before = terms.shape[:axis]
+    after = terms.shape[axis + 1 :]
+    length = terms.shape[axis] // count
     terms = terms.reshape(*before, count, length, *after)
     while length > LONGEST:
         factor = factor_of(length)
@@ -87,5 +92,5 @@ def _sum_pieces(terms: jax.Array, axis: int, count: int) -> jax.Array:
 
 
 def factor_of(length: int) -> int | None:
-    """The largest divisor of a long axis by which to split it, or None."""
+    """The largest divisor of ``length`` from 32 to ``LONGEST``, by which to split it, or None."""
     return max((factor for factor in range(32, LONGEST + 1) if length % factor == 0), default=None)

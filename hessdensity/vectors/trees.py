@@ -1,10 +1,10 @@
 """Algebra on parameter pytrees, and the one place that fixes its precision.
 
 A *vector* is a pytree of arrays. A *block* stacks k vectors: every leaf is (k, *leaf.shape). A
-*chunk* stacks c basis vectors for each of k probes (`hessdensity.vectors.basis`). Trees stay trees:
-a sharded parameter is never gathered into one flat array.
+*chunk* stacks c basis vectors for each of k probes (`hessdensity.vectors.basis`). Vectors always
+remain pytrees: a sharded parameter is never gathered into one flat array.
 
-`hessdensity.vectors.sums` explains how inner products round and what they send between devices.
+`hessdensity.vectors.sums` explains how inner products round and what devices send to each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Vector: TypeAlias = Any
 Block: TypeAlias = Any
 """k vectors in one pytree: every leaf has a leading axis of length k."""
 Chunk: TypeAlias = Any
-"""c basis vectors for each of k probes in one pytree, laid out for the speed of memory."""
+"""c basis vectors for each of k probes in one pytree, laid out for fast reading."""
 
 
 def size(like: PyTree) -> int:
@@ -47,20 +47,22 @@ def dimension(block: Block) -> int:
 
 
 def scalar_dtype(like: PyTree) -> np.dtype:
-    """The dtype in which inner products are taken: the widest of the leaves'."""
+    """The dtype of inner products: the widest dtype of any leaf."""
     return max(
         (np.dtype(leaf.dtype) for leaf in jax.tree.leaves(like)), key=lambda dtype: dtype.itemsize
     )
 
 
 def epsilon(like: PyTree) -> float:
-    """The rounding unit of the coarsest leaf."""
+    """The largest rounding unit of any leaf."""
     return max(float(np.finfo(np.dtype(leaf.dtype)).eps) for leaf in jax.tree.leaves(like))
 
 
 def paths(tree: PyTree) -> list[str]:
-    """Names of the leaves, ``layer/kernel``; NNX's trailing ``/value`` is an implementation's
-    detail and is dropped."""
+    """Names of the leaves, such as ``layer/kernel``.
+
+    NNX appends ``/value`` to each name. This is a detail of its implementation, and is dropped.
+    """
     names = (
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(tree)
@@ -73,7 +75,7 @@ def named(tree: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(tree), paths(tree))
 
 
-# Inner products ------------------------------------------------------------------------------------------------------
+# Inner products -----------------------------------------------------------------------------------
 
 
 @jax.jit
@@ -91,8 +93,9 @@ def inner(a: Block, b: Block) -> jax.Array:
 def norm(block: Block) -> jax.Array:
     """Euclidean norms of the k vectors: (k,).
 
-    Scaled by the largest entry first: the squares of tiny and huge ones would leave the range of
-    float32."""
+    Each vector is first divided by its largest entry, because the squares of tiny or huge entries
+    would leave the range of float32.
+    """
     dtype = scalar_dtype(block)
     peaks = [
         jnp.abs(leaf).max(tuple(range(1, leaf.ndim)), initial=0) for leaf in jax.tree.leaves(block)
@@ -102,7 +105,7 @@ def norm(block: Block) -> jax.Array:
     return peak * jnp.sqrt(inner(scaled, scaled))
 
 
-# Linear combinations -------------------------------------------------------------------------------------------------
+# Linear combinations ------------------------------------------------------------------------------
 
 
 def column(scalars: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -117,12 +120,12 @@ def scale(block: Block, factors: jax.Array) -> Block:
 
 @jax.jit
 def normalize(block: Block, norms: jax.Array) -> Block:
-    """Each vector over its own norm. A vector whose norm is 0 or infinite becomes the zero vector."""
+    """Each vector divided by its own norm. A vector of norm 0 or infinity becomes zero."""
     return scale(block, 1 / jnp.where(norms > 0, norms, jnp.inf))
 
 
 def unit(block: Block) -> tuple[Block, jax.Array]:
-    """(the vectors at length 1, or zero where they are zero; their norms (k,))."""
+    """The vectors scaled to length 1, except that zero vectors remain zero; their norms (k,)."""
     norms = norm(block)
     return normalize(block, norms), norms
 
@@ -141,16 +144,18 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:
-    """Sum of two trees of one structure."""
+    """Sum of two trees of the same structure."""
     return jax.tree.map(jnp.add, a, b)
 
 
-# Making, checking and moving blocks ----------------------------------------------------------------------------------
+# Making, checking and moving blocks ---------------------------------------------------------------
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and, where the caller has placed the arrays, shardings; a description that
-    holds no memory."""
+    """A description of a tree that holds no memory: shapes, dtypes and shardings.
+
+    An array that the caller has not placed on devices is described without a sharding.
+    """
 
     def describe(leaf: Any) -> jax.ShapeDtypeStruct:
         placed = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
@@ -162,7 +167,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 def stacked_sharding(leaf: jax.ShapeDtypeStruct, lead: int) -> Sharding | None:
-    """The sharding of a stack of vectors: that of one vector, the leading axes replicated."""
+    """The sharding of a stack of vectors: that of one vector behind ``lead`` replicated axes."""
     if isinstance(leaf.sharding, NamedSharding):
         return NamedSharding(leaf.sharding.mesh, PartitionSpec(*[None] * lead, *leaf.sharding.spec))
     return leaf.sharding
@@ -203,19 +208,20 @@ def zeros(like: PyTree, *lead: int) -> PyTree:
 
 
 def as_block(vectors: PyTree, like: PyTree, what: str = "operator @ block") -> tuple[PyTree, bool]:
-    """``vectors`` as a block of k vectors like ``like``, and whether it was given as a single one.
+    """``vectors`` as a block of vectors like ``like``, and whether they were one single vector.
 
     Raises:
       ValueError: the structure or a leaf's shape or dtype differs from ``like``'s.
     """
-    structure: Any
-    structure, wanted = jax.tree.structure(vectors), jax.tree.structure(like)
+    structure: Any = jax.tree.structure(vectors)
+    wanted = jax.tree.structure(like)
     if structure != wanted:
         raise ValueError(
             f"{what}: the structure is {structure}, but the operator's vectors have {wanted}. "
             "Build vectors with jax.tree.map over operator.like."
         )
-    given, expected = jax.tree.leaves(vectors), jax.tree.leaves(like)
+    given = jax.tree.leaves(vectors)
+    expected = jax.tree.leaves(like)
     single = all(np.ndim(x) == len(leaf.shape) for x, leaf in zip(given, expected, strict=True))
     count = None if single else np.shape(given[0])[:1]
     for name, x, leaf in zip(paths(like), given, expected, strict=True):
@@ -248,12 +254,12 @@ def as_single(vector: Vector) -> Block:
 
 @jax.jit
 def pick(block: Block, index: jax.Array | int) -> Block:
-    """Vector number ``index`` as a block of one, by a program that serves every index."""
+    """Vector number ``index`` as a block of one. One compiled program serves every index."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), block)
 
 
 def split(block: PyTree, count: int) -> list[PyTree]:
-    """The block in pieces of at most ``count`` vectors."""
+    """The block cut into pieces of at most ``count`` vectors."""
     total = jax.tree.leaves(block)[0].shape[0]
     if total <= count:
         return [block]
@@ -263,7 +269,7 @@ def split(block: PyTree, count: int) -> list[PyTree]:
 
 
 def join(blocks: list[PyTree]) -> PyTree:
-    """The inverse of `split`."""
+    """The vectors of several blocks in one block: the inverse of `split`."""
     return (
         blocks[0]
         if len(blocks) == 1
@@ -272,7 +278,7 @@ def join(blocks: list[PyTree]) -> PyTree:
 
 
 def ravel(block: PyTree) -> np.ndarray:
-    """A block as a host array (k, n), leaves in tree order."""
+    """A block as a host array (k, n), with the leaves in tree order."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(block)]
     return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
@@ -292,8 +298,9 @@ def unravel(rows: np.ndarray, like: PyTree) -> PyTree:
 def auto_axes(tree: PyTree) -> PyTree:
     """The same arrays on Auto mesh axes of the same devices.
 
-    `jax.make_mesh` gives Explicit axes, for which sharding is part of the type; `vdot` and
-    `tensordot` refuse those."""
+    `jax.make_mesh` gives Explicit axes by default. With them the sharding is part of an array's
+    type, and `vdot` and `tensordot` refuse such arrays.
+    """
 
     def rewrap(leaf: Any) -> Any:
         sharding = getattr(leaf, "sharding", None)

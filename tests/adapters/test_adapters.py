@@ -1,5 +1,4 @@
-"""A Flax model behaves as the plain function that it is, with the statistics that the caller chose.
-"""
+"""A Flax model behaves as the plain function that it is, with the statistics that the caller chose."""
 
 import flax.errors
 import jax
@@ -11,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 import hessdensity as hd
 from hessdensity import adapters, losses
-from hessdensity.operators.hessian import _add_products
+from hessdensity.losses.risk import add_batch
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((10, 3)).astype(np.float32)
@@ -175,7 +174,7 @@ def test_a_model_that_normalizes_must_be_told_how(make, statistics):
 @FLAX
 def test_statistics_that_a_model_does_not_carry_are_refused(make):
     with pytest.raises(
-        ValueError, match="batch_statistics='stored', but the model carries none; leave it out"
+        ValueError, match="batch_statistics='stored', but the model has none; leave it out"
     ):
         make(False, "stored")
 
@@ -250,10 +249,10 @@ def test_dropout_is_what_the_call_options_say_in_a_linen_model():
 def test_a_second_checkpoint_compiles_nothing(make, normalize, statistics):
     loss, params, *_ = make(normalize, statistics, seed=0)
     first = product(loss, params)
-    compiled = _add_products._cache_size()
+    compiled = add_batch._cache_size()
     loss, params, *_ = make(normalize, statistics, seed=1)
     second = product(loss, params)
-    assert _add_products._cache_size() == compiled
+    assert add_batch._cache_size() == compiled
     assert np.abs(first - second).max() > 1e-3
 
 

@@ -549,8 +549,7 @@ def test_the_networks_have_the_papers_number_of_weights(name, count):
 
 
 def torchvision(depth):
-    """The names and shapes of torchvision's state dict, as its documentation and files have them.
-    """
+    """The names and shapes of torchvision's state dict, as its documentation and files have them."""
     blocks, expansion = {18: ((2, 2, 2, 2), 1), 50: ((3, 4, 6, 3), 4)}[depth]
 
     def norm(name, channels):

@@ -388,7 +388,7 @@ def test_host_batches_go_to_the_device_of_the_parameters():
     hessian = hd.Hessian(logistic, jax.device_put(W, device), hd.batches((X, Y), 3))
     assert all(
         leaf.devices() == {device}
-        for leaf in jax.tree.leaves([piece for _, piece in hessian._passes])
+        for leaf in jax.tree.leaves([piece for _, piece in hessian.risk.passes])
     )
     assert (hessian @ W).devices() == {device}
 
@@ -400,7 +400,7 @@ def test_host_batches_go_to_the_mesh_of_the_parameters_whatever_its_axes(kind):
     )
     params = jax.device_put(W, NamedSharding(mesh, PartitionSpec()))
     hessian = hd.Hessian(logistic, params, hd.batches((X, Y), 3))
-    placed = jax.tree.leaves([piece for _, piece in hessian._passes])
+    placed = jax.tree.leaves([piece for _, piece in hessian.risk.passes])
     assert all(leaf.devices() == set(mesh.devices.flat) for leaf in placed)
     np.testing.assert_allclose(hd.dense(hessian), EXACT, atol=1e-6)
 
@@ -413,7 +413,7 @@ def test_batches_that_are_sharded_already_stay_so(kind):
     replicated, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     hessian = hd.Hessian(logistic, jax.device_put(W, replicated), jax.device_put(cut(4), split))
     auto = Mesh(mesh.devices, mesh.axis_names)
-    for _, (x, _) in hessian._passes:
+    for _, (x, _) in hessian.risk.passes:
         assert x.sharding.is_equivalent_to(NamedSharding(auto, PartitionSpec("data")), x.ndim)
     np.testing.assert_allclose(hd.dense(hessian), EXACT, atol=1e-6)
 

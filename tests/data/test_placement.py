@@ -18,6 +18,8 @@ from hessdensity.data import placement
 from hessdensity.data import processes as _agreement
 from hessdensity.data.passes import Passes
 from hessdensity.data.placement import BatchPlacement
+from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 LOSS, PARAMS, BATCH = mlp(np.float32)
 EXACT = dense_hessian(LOSS, PARAMS, BATCH)
@@ -33,10 +35,8 @@ def on_mesh(tree, count=8, **axes):
 def assert_exact(hessian):
     """A product with the Hessian of all examples."""
     vector = np.random.default_rng(2).standard_normal(55)
-    block = hd.lanczos.trees.unravel(vector[None], hessian.like)
-    np.testing.assert_allclose(
-        hd.lanczos.trees.ravel(hessian @ block)[0], EXACT @ vector, atol=1e-4
-    )
+    block = trees.unravel(vector[None], hessian.like)
+    np.testing.assert_allclose(trees.ravel(hessian @ block)[0], EXACT @ vector, atol=1e-4)
 
 
 def pieces(batches, *, count=8, **settings):
@@ -90,13 +90,13 @@ def test_batches_that_the_mesh_does_not_divide_give_the_hessian_of_them_all(size
 
 def test_rows_are_split_over_the_data_axis_alone():
     params = on_mesh(PARAMS, data=2, model=4)
-    ((_, (x, y)),) = hd.Hessian(LOSS, params, [HOST])._passes
+    ((_, (x, y)),) = hd.Hessian(LOSS, params, [HOST]).risk.passes
     assert x.sharding.is_equivalent_to(NamedSharding(x.sharding.mesh, PartitionSpec("data")), 2)
     assert {shard.data.shape for shard in y.addressable_shards} == {(32,)}
-    ((_, (x, _)),) = hd.Hessian(LOSS, params, [HOST], data_axis="model")._passes
+    ((_, (x, _)),) = hd.Hessian(LOSS, params, [HOST], data_axis="model").risk.passes
     assert {shard.data.shape for shard in x.addressable_shards} == {(16, 6)}
     for axis in (None, "rows"):
-        ((_, (x, _)),) = hd.Hessian(LOSS, params, [HOST], data_axis=axis)._passes
+        ((_, (x, _)),) = hd.Hessian(LOSS, params, [HOST], data_axis=axis).risk.passes
         assert x.sharding.is_fully_replicated
 
 
@@ -127,10 +127,10 @@ def test_leaves_of_different_lengths_are_not_cut():
 def test_a_microbatch_changes_nothing_but_rounding(microbatch):
     hessian = hd.Hessian(LOSS, PARAMS, hd.batches(HOST, 30), microbatch=microbatch)
     assert_exact(hessian)
-    assert [len(y) for _, (_, y) in hessian.restrict("first/*")._passes] == [
-        len(y) for _, (_, y) in hessian._passes
+    assert [len(y) for _, (_, y) in hessian.restrict("first/*").risk.passes] == [
+        len(y) for _, (_, y) in hessian.risk.passes
     ]
-    assert [len(y) for _, (_, y) in hessian._passes] == {
+    assert [len(y) for _, (_, y) in hessian.risk.passes] == {
         7: [7] * 4 + [2] + [7] * 4 + [2, 4],
         20: [20, 10, 20, 10, 4],
     }[microbatch]
@@ -142,7 +142,7 @@ def test_parts_and_the_noise_of_gradients_are_those_of_batches_and_not_of_pieces
     loss, params, batch = scenarios.loss, scenarios.weights(), scenarios.dealt("large", 1)[1][0]
     batches = hd.batches(batch, 14)
     whole, cut = (hd.Hessian(loss, params, batches, microbatch=size) for size in (None, 4))
-    block = hd.lanczos.random_block(key, 0, 4, whole.like)
+    block = random_block(key, 0, 4, whole.like)
     (ours, counts), (theirs, expected) = (
         cut.multiply_parts(block, 2),
         whole.multiply_parts(block, 2),
@@ -192,7 +192,7 @@ def test_placed_batches_are_cut_where_they_are(spec):
         jax.device_put(HOST[1], NamedSharding(split.mesh, PartitionSpec())),
     )
     hessian = hd.Hessian(LOSS, params, [placed], microbatch=24)
-    found = [x for _, (x, _) in hessian._passes]
+    found = [x for _, (x, _) in hessian.risk.passes]
     assert [len(x) for x in found] == ([24, 24, 16])
     assert all(x.sharding.is_equivalent_to(split, 2) for x in found)
     assert_exact(hessian)
@@ -228,10 +228,10 @@ def test_params_and_a_batch_on_different_devices_are_refused_by_name():
 
 
 def test_arrays_that_only_jax_has_placed_go_to_the_params():
-    ((_, (x, _)),) = hd.Hessian(LOSS, on_mesh(PARAMS), [BATCH])._passes
+    ((_, (x, _)),) = hd.Hessian(LOSS, on_mesh(PARAMS), [BATCH]).risk.passes
     assert {shard.data.shape for shard in x.addressable_shards} == {(8, 6)}
     device = jax.devices()[3]
-    ((_, (x, _)),) = hd.Hessian(LOSS, jax.device_put(PARAMS, device), [BATCH])._passes
+    ((_, (x, _)),) = hd.Hessian(LOSS, jax.device_put(PARAMS, device), [BATCH]).risk.passes
     assert x.devices() == {device}
 
 
@@ -299,10 +299,10 @@ def test_another_length_than_in_the_first_pass_is_refused_by_process_and_batch(m
     for _ in range(2):
         assert [lengths.tolist() for _, lengths in agreement.batches(iter(batches))] == [[3], [2]]
     with pytest.raises(
-        RuntimeError, match="batch 1 of process 0 is 5 examples, in the first pass 2 examples"
+        RuntimeError, match="process 0, batch 1: 5 examples, but 2 examples in the first pass"
     ):
         list(agreement.batches(iter([np.zeros(3), np.zeros(5)])))
     with pytest.raises(
-        RuntimeError, match="batch 1 of process 0 is no batch, in the first pass 2 examples"
+        RuntimeError, match="process 0, batch 1: no batch, but 2 examples in the first pass"
     ):
         list(agreement.batches(iter([np.zeros(3)])))

@@ -11,7 +11,7 @@ import hessdensity as hd
 from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
-from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 
 def operator_of(name, key, dtype):
@@ -19,7 +19,7 @@ def operator_of(name, key, dtype):
 
 
 def run(operator, key, num_steps, tier, count=2):
-    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, tier=tier)
+    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, basis_storage=tier)
     for state in lanczos.iterate(operator, state):
         pass
     return state
@@ -29,7 +29,7 @@ def tridiagonals(state):
     return [
         Tridiagonal(*parts)
         for parts in zip(
-            state.diagonal, state.off_diagonal, state.outside, state.noise, strict=True
+            state.diagonal, state.off_diagonal, state.deflation_coupling, state.noise, strict=True
         )
     ]
 
@@ -201,7 +201,7 @@ def test_a_tolerance_without_a_basis_lengthens_the_probes(key):
     [
         (
             {"basis": "disk"},
-            "basis='disk', expected 'device', 'host', 'none', or None for what fits",
+            "basis='disk', expected 'device', 'host', 'none', or None for the first that fits",
         ),
         ({"probes_at_once": 0}, "probes_at_once=0, expected a whole number of at least 1, or None"),
         (
@@ -213,8 +213,10 @@ def test_a_tolerance_without_a_basis_lengthens_the_probes(key):
 def test_a_tier_that_is_none_is_refused(settings, said, key):
     with pytest.raises(ValueError, match=said):
         hd.spectral_density(operator_of("linear", key, np.float32), key, progress=False, **settings)
-    with pytest.raises(ValueError, match="tier='disk', expected one of 'device', 'host', 'none'"):
-        lanczos.init(jnp.ones((1, 3)), 2, tier="disk")
+    with pytest.raises(
+        ValueError, match="basis_storage='disk', expected one of 'device', 'host', 'none'"
+    ):
+        lanczos.init(jnp.ones((1, 3)), 2, basis_storage="disk")
 
 
 def test_an_operator_that_is_not_symmetric_is_refused_without_a_basis_too(key):

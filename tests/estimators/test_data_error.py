@@ -12,6 +12,7 @@ from problems import dense_hessian, mlp
 import hessdensity as hd
 from hessdensity.estimators import data_error
 from hessdensity.operators import hessian as room
+from hessdensity.vectors import trees
 
 VARIANCES = np.array(
     [9.0, 1, 1, 1, 1, 1]
@@ -52,13 +53,13 @@ def test_a_parts_products_are_those_of_its_batches_alone(num_parts, dtype):
     batches = hd.batches(batch, 15)  # five, the last one smaller: unequal parts
     hessian = hd.Hessian(loss, params, batches)
     rows = np.random.default_rng(0).standard_normal((2 * num_parts, 55))
-    product, counts = hessian.multiply_parts(room.trees.unravel(rows, hessian.like), num_parts)
+    product, counts = hessian.multiply_parts(trees.unravel(rows, hessian.like), num_parts)
     for part in range(num_parts):
         own = slice(2 * part, 2 * part + 2)
         together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches[part::num_parts])
         exact = rows[own] @ dense_hessian(loss, params, together)
         np.testing.assert_allclose(
-            room.trees.ravel(product)[own], exact, atol=2000 * np.finfo(dtype).eps
+            trees.ravel(product)[own], exact, atol=2000 * np.finfo(dtype).eps
         )
         assert counts[part] == len(together[0])
 
@@ -140,8 +141,7 @@ def test_the_largest_eigenvalues_standard_error_is_its_spread_over_fresh_data_se
 
 
 def test_a_parts_largest_eigenvalue_is_too_large_as_perturbation_theory_says(samples):
-    """E lambda_1 - lambda_1 = (1/N) sum of lambda_1 lambda_j / (lambda_1 - lambda_j) (Lawley 1956).
-    """
+    """E lambda_1 - lambda_1 = (1/N) sum of lambda_1 lambda_j / (lambda_1 - lambda_j) (Lawley 1956)."""
     own = np.sum(VARIANCES[0] * VARIANCES[1:] / (VARIANCES[0] - VARIANCES[1:])) / N
     excess = np.mean([claim.value - value for _, claim, value, _ in samples])
     assert excess == pytest.approx(15 * own, rel=0.3)
@@ -240,7 +240,7 @@ def test_an_eigenvalues_error_is_the_spread_of_its_vectors_forms_over_batches(dt
     matrices = np.stack([dense_hessian(loss, params, one) for one in batches])
     values, vectors = np.linalg.eigh(np.tensordot(weights, matrices, axes=1))
     chosen = vectors.T[::-1][:6]
-    block = room.trees.unravel(chosen, hessian.like)
+    block = trees.unravel(chosen, hessian.like)
     found = hd.eigenvalue_data_error(
         hessian, hd.Eigenspace(values[::-1][:6], block, np.zeros(6), np.ones(6), 0)
     )
@@ -368,7 +368,7 @@ def test_functionals_and_eigenspaces_that_do_not_fit_are_refused():
     hessian, _ = least_squares(0)
     parts = densities_of(hessian, num_steps=3)
     with pytest.raises(
-        ValueError, match=r"functional gave shapes .* ask for a fixed grid, or count"
+        ValueError, match=r"functional returned shapes .* Use a fixed grid, or a count"
     ):
         parts.estimate(lambda density: np.arange(1 + int(1e4 * density.trace().value) % 7))
     with pytest.raises(ValueError, match="8 values that are not finite"):

@@ -11,8 +11,7 @@ import scipy.sparse.linalg
 from problems import dense_hessian, mlp
 
 import hessdensity as hd
-from hessdensity.krylov import lanczos
-from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 
 def operator_of(name, key, dtype, factor=1.0):
@@ -203,7 +202,7 @@ def test_ctrl_c_returns_what_is_there_and_says_so(key, caplog):
 
 def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_computed(key):
     with pytest.raises(
-        NonFiniteProductError, match="Lanczos step 4: the operator's product is not finite"
+        hd.NonFiniteProductError, match="Lanczos step 4: the operator's product is not finite"
     ) as caught:
         hd.spectral_density(
             Interrupted(4, lambda block: block * jnp.nan),
@@ -217,7 +216,7 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
     batches = [jnp.ones((2, 3)), jnp.ones((2, 3)) * 1e30]
     hessian = hd.Hessian(lambda w, x: jnp.mean(x @ w) ** 2, jnp.ones(3), batches)
     with pytest.raises(
-        NonFiniteProductError, match=r"step 0: .*not finite in batch 1 of 2"
+        hd.NonFiniteProductError, match=r"step 0: .*not finite in batch 1 of 2"
     ) as caught:
         hd.spectral_density(hessian, key, progress=False)
     assert caught.value.partial is None

@@ -195,8 +195,7 @@ def test_it_spends_what_it_may_in_passes_of_a_block(settings, sizes, key, capsys
 
 @pytest.mark.parametrize("take", [_exchangeable.from_range, _exchangeable.from_core])
 def test_a_leave_one_out_estimate_is_the_one_made_without_that_vector(take):
-    """The jackknife's downdates, against the whole computation done again with k - 1 test vectors.
-    """
+    """The jackknife's downdates, against the whole computation done again with k - 1 test vectors."""
     rng, dimension, count = np.random.default_rng(0), 60, 9
     values = np.linspace(0, 1, dimension) ** 3
     tests = rng.standard_normal((dimension, count))

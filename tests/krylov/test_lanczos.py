@@ -8,26 +8,24 @@ import pytest
 
 import hessdensity as hd
 from hessdensity.krylov import lanczos
-from hessdensity.vectors import basis as _gram_schmidt
-from hessdensity.vectors import chunks as _basis
-from hessdensity.vectors import trees
+from hessdensity.vectors import basis
+from hessdensity.vectors.random import random_block
 
 
 def operator_of(values, key, dtype):
     return hd.Matrix.from_eigenvalues(jnp.asarray(values, dtype), key)
 
 
-def run(operator, key, num_steps, count=2, against=None):
-    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, against)
+def run(operator, key, num_steps, count=2, deflated_basis=None):
+    state = lanczos.init(random_block(key, 0, count, operator.like), num_steps, deflated_basis)
     for state in lanczos.iterate(operator, state):
         pass
     return state
 
 
 def basis_of(state, probe):
-    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array.
-    """
-    chunks = [np.moveaxis(np.asarray(chunk[probe], float), -2, 0) for chunk in state.basis]
+    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array."""
+    chunks = [np.moveaxis(np.asarray(chunk[probe], float), -2, 0) for chunk in state.basis.chunks]
     rows = np.concatenate([chunk.reshape(chunk.shape[0], -1) for chunk in chunks])
     return rows[: state.diagonal.shape[1]]
 
@@ -119,7 +117,7 @@ def test_a_recurrence_against_a_basis_stays_orthogonal_to_it(key, dtype):
     operator = operator_of(values, key, dtype)
     first = run(operator, jax.random.fold_in(key, 1), 20, count=1)
     against = basis_of(first, 0)
-    state = run(operator, key, 30, against=jnp.asarray(against, dtype))
+    state = run(operator, key, 30, deflated_basis=jnp.asarray(against, dtype))
     compression = np.linalg.svd(against)[2][20:]
     allowed = np.linalg.eigvalsh(compression @ hd.dense(operator) @ compression.T)
     for probe in range(2):
@@ -130,7 +128,10 @@ def test_a_recurrence_against_a_basis_stays_orthogonal_to_it(key, dtype):
         assert ritz.max() < allowed.max() + 1e-5
         assert ritz.min() > allowed.min() - 1e-5
     n = values.size
-    assert run(operator, key, n, against=jnp.asarray(against, dtype)).diagonal.shape[1] <= n - 20
+    assert (
+        run(operator, key, n, deflated_basis=jnp.asarray(against, dtype)).diagonal.shape[1]
+        <= n - 20
+    )
 
 
 def test_a_state_saved_and_resumed_in_the_middle_equals_an_uninterrupted_run(key, dtype):
@@ -153,9 +154,9 @@ def test_compilation_does_not_grow_with_the_steps(key):
     operator = operator_of(spectra.ORDINARY["linear"], key, np.float32)
     kernels = [
         lanczos._recur,
-        _gram_schmidt._write_row,
-        _gram_schmidt._first_row,
-        _basis.subtract_in_place,
+        basis.write_row,
+        basis.first_row,
+        basis.subtract_in_place,
     ]
     run(operator, key, 2 * lanczos.CHUNK)
     before = [kernel._cache_size() for kernel in kernels]
@@ -179,20 +180,20 @@ def test_matfree_computes_the_same_tridiagonal_matrix(key, dtype):
 
 
 @pytest.mark.parametrize(
-    ("start", "num_steps", "against", "said"),
+    ("start", "num_steps", "deflated", "said"),
     [
         (np.ones((1, 4)), 0, None, "num_steps=0, expected at least 1"),
         (np.zeros((1, 4)), 2, None, "start_vectors have norms"),
         (np.full((1, 4), np.nan), 2, None, "expected finite"),
-        (np.eye(4)[:1], 2, np.eye(4)[:2], "outside of `against`"),
-        (np.eye(4)[:1], 2, np.eye(4), "nothing is left"),
+        (np.eye(4)[:1], 2, np.eye(4)[:2], "outside of deflated_basis"),
+        (np.eye(4)[:1], 2, np.eye(4), "expected fewer vectors than dimensions"),
     ],
 )
-def test_a_start_that_cannot_be_is_refused(start, num_steps, against, said):
-    arrays = (None if a is None else jnp.asarray(a, jnp.float32) for a in (start, against))
-    start, against = arrays
+def test_a_start_that_cannot_be_is_refused(start, num_steps, deflated, said):
+    arrays = (None if a is None else jnp.asarray(a, jnp.float32) for a in (start, deflated))
+    start, deflated = arrays
     with pytest.raises(ValueError, match=said):
-        lanczos.init(start, num_steps, against)
+        lanczos.init(start, num_steps, deflated)
 
 
 def test_an_operator_that_is_not_symmetric_is_refused_at_no_cost(key, dtype):
@@ -252,6 +253,6 @@ def test_a_product_that_is_not_finite_names_the_step(key):
     calls = iter([1.0, 1.0, np.nan])
     operator = hd.FunctionOperator(lambda v: v * jnp.arange(5.0) * next(calls), jnp.zeros(5))
     state = lanczos.init(random_block(key, 0, 1, operator.like), 5)
-    with pytest.raises(NonFiniteProductError, match="step 2") as caught:
+    with pytest.raises(hd.NonFiniteProductError, match="step 2") as caught:
         list(lanczos.iterate(operator, state))
     assert caught.value.step == 2

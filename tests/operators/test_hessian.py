@@ -12,6 +12,7 @@ from problems import dense_hessian, example_losses, logits_of, mean_loss, mlp
 
 import hessdensity as hd
 from hessdensity.operators import hessian as room
+from hessdensity.vectors import trees
 
 
 def close(dtype):
@@ -37,8 +38,8 @@ def test_a_block_is_its_vectors_one_by_one(count, key, dtype):
     loss, params, batch = mlp(dtype)
     hessian = hd.Hessian(loss, params, hd.batches(batch, 30))
     rows = np.random.default_rng(0).standard_normal((count, 55))
-    block = room.trees.unravel(rows, hessian.like)
-    together = room.trees.ravel(hessian @ block)
+    block = trees.unravel(rows, hessian.like)
+    together = trees.ravel(hessian @ block)
     np.testing.assert_allclose(
         together, rows @ dense_hessian(loss, params, batch), atol=2000 * np.finfo(dtype).eps
     )
@@ -66,7 +67,7 @@ def test_masked_examples_weigh_by_their_total_and_not_by_batch(dtype):
 )
 def test_where_is_the_principal_block_of_the_selected_leaves(where, dtype):
     loss, params, batch = mlp(dtype)
-    names = room.trees.paths(params)
+    names = trees.paths(params)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     chosen = [
         where(name) if callable(where) else room.select(params, where).chosen[i]
@@ -250,7 +251,7 @@ def test_a_selected_leaf_that_is_not_real_is_refused_by_path_and_a_held_one_is_n
     ("where", "error", "said"),
     [
         ("third/*", ValueError, r"matches no leaf.*\n.*first/bias"),
-        (3, TypeError, "where=3 is a int; give a glob"),
+        (3, TypeError, "where=3 is a int; expected a glob"),
     ],
 )
 def test_a_where_that_selects_nothing_lists_the_paths(where, error, said):
@@ -301,7 +302,7 @@ def test_rematerialization_changes_the_memory_and_nothing_else():
     x = rng.standard_normal((1000, 8)).astype(np.float32)
     plain, saving = (hd.Hessian(deep(checkpoint), params, [x]) for checkpoint in (False, True))
     ours, theirs = (
-        room.trees.ravel([leaf[None] for leaf in hessian @ params]) for hessian in (saving, plain)
+        trees.ravel([leaf[None] for leaf in hessian @ params]) for hessian in (saving, plain)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
     assert saving.temporary_bytes(1) < 0.5 * plain.temporary_bytes(1)

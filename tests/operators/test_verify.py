@@ -209,7 +209,7 @@ def test_a_printed_report_says_what_fails_and_what_passed_with_its_error(key):
 
 def test_a_printed_report_of_a_good_operator_says_so(key):
     lines = str(hd.verify_operator(hd.Matrix(SYMMETRIC), key)).splitlines()
-    assert lines[0] == "The operator holds in all checks"
+    assert lines[0] == "The operator passes all checks"
     assert "FAILED" not in "".join(lines)
 
 

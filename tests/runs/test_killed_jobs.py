@@ -42,7 +42,7 @@ def job(checkpoint, pause=0.0):
 
 @pytest.mark.parametrize(
     ("number", "word", "count", "devices"),
-    [(signal.SIGKILL, "lost touch", 1, 4), (signal.SIGTERM, "SIGTERM: the process ends", 4, 1)],
+    [(signal.SIGKILL, "lost contact", 1, 4), (signal.SIGTERM, "SIGTERM: the process ends", 4, 1)],
     ids=["one is killed", "all are told to end"],
 )
 def test_a_job_that_is_stopped_goes_on_with_another_number_of_processes(

@@ -9,11 +9,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import mlp
 
 import hessdensity as hd
-from hessdensity.estimators import spectral_density as slq
+from hessdensity.estimators.settings import DensitySettings
 from hessdensity.krylov import lanczos
-from hessdensity.runs import plan as planning
-from hessdensity.runs.memory import Free, in_words
-from hessdensity.vectors import trees
+from hessdensity.runs import run as run_module
+from hessdensity.runs.memory import Free
+from hessdensity.text import format_bytes
+from hessdensity.vectors.basis import STORAGES
+from hessdensity.vectors.random import random_block
 
 
 def hessian_of(examples=60, batch_size=20):
@@ -26,22 +28,26 @@ def held(state, kind):
     return sum(leaf.nbytes for leaf in leaves if leaf.sharding.memory_kind == kind)
 
 
-@pytest.mark.parametrize("tier", lanczos.TIERS)
+@pytest.mark.parametrize("tier", STORAGES)
 @pytest.mark.parametrize(("m0", "m", "k"), [(32, 16, 3), (20, 7, 1), (0, 9, 2)])
 def test_planned_bytes_are_those_of_the_arrays_that_a_run_holds(tier, m0, m, k, key):
     operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    sizes = {"num_steps": m, "num_probes": k, "deflation_steps": m0}
     (choice,) = [
-        each for each in hd.plan(operator, m, k, deflation_steps=m0, timed=False).choices
+        each for each in DensitySettings(m, k, m0).layouts(operator.like.size, 1200, 0)
         if (each.basis, each.probes_at_once) == (tier, k)
     ]  # fmt: skip
-    against, deflation = None, None
+    assert choice in hd.plan(operator, **sizes, timed=False).layouts
+    deflated, deflation = None, None
     if tier != "none" and m0:
-        deflation = lanczos.init(random_block(key, 9, 1, operator.like), m0, tier=tier)
+        deflation = lanczos.init(random_block(key, 9, 1, operator.like), m0, basis_storage=tier)
         for deflation in lanczos.iterate(operator, deflation):
             pass
-        against = lanczos.Basis(deflation.basis, m0)
-    steps = m if tier != "none" else planning.without_basis(m, k, m0)
-    state = lanczos.init(random_block(key, 0, k, operator.like), steps, against, tier=tier)
+        deflated = deflation.basis
+    steps = m if tier != "none" else DensitySettings(m, k, m0).steps_without_basis
+    state = lanczos.init(
+        random_block(key, 0, k, operator.like), steps, deflated, basis_storage=tier
+    )
     for state in lanczos.iterate(operator, state):
         pass
     device, host = held(state, "device"), held(state, "pinned_host")
@@ -62,19 +68,19 @@ def test_planned_products_and_passes_are_those_of_the_run(key):
             hessian, key, num_steps=5, num_probes=3, deflation_steps=8, basis=basis, probes_at_once=at_once,
             progress=False,
         )  # fmt: skip
-        every = planning.choices(55, 4, 0, 5, 3, 8, at_once)
+        every = DensitySettings(5, 3, 8, probes_at_once=at_once).layouts(55, 4, 0)
         choice = next(
             each for each in every if (each.basis, each.probes_at_once) == (basis, at_once)
         )
         assert density.num_matvecs == choice.num_matvecs
-        assert hessian._passes._passes == choice.num_passes
+        assert hessian.risk.passes.num_passes == choice.num_passes
 
 
 def test_the_trade_is_bytes_for_passes(key):
     """4 (m0 + k m) bytes a weight and m0 + m passes with k probes side by side; 4 (m0 + m) and m0 +
     k m in turns."""
     n, m0, m, k = 1_000_000, 96, 48, 4
-    every = {(c.basis, c.probes_at_once): c for c in planning.choices(n, 4 * n, 0, m, k, m0)}
+    every = {(c.basis, c.probes_at_once): c for c in DensitySettings(m, k, m0).layouts(n, 4 * n, 0)}
     together, turns = every["device", 4], every["device", 1]
     assert together.num_passes == m0 + m
     assert turns.num_passes == m0 + k * m
@@ -88,13 +94,13 @@ def test_the_first_that_fits_is_chosen(key):
     operator = hd.Matrix.from_eigenvalues(jnp.linspace(0, 1, 1000), key)
     found = []
     for vectors in (1000, 190, 80, 30, 5, 1):
-        plan = hd.plan(operator, 45, 2, device_bytes=4000 * vectors, host_bytes=10**9, timed=False)
+        plan = hd.plan(operator, device_bytes=4000 * vectors, host_bytes=10**9, timed=False)
         found.append((plan.chosen.basis, plan.chosen.probes_at_once, plan.chosen.fits(plan.free)))
     assert found == [
         ("device", 2, True), ("host", 2, True), ("host", 2, True), ("host", 1, True), ("none", 1, True),
         ("none", 1, False),
     ]  # fmt: skip
-    plan = hd.plan(operator, 45, 2, device_bytes=4000 * 160, host_bytes=0, timed=False)
+    plan = hd.plan(operator, device_bytes=4000 * 160, host_bytes=0, timed=False)
     assert (plan.chosen.basis, plan.chosen.probes_at_once) == ("device", 1)
 
 
@@ -106,7 +112,7 @@ def test_the_default_takes_what_fits(key, monkeypatch):
         (30_000, 0, "none"),
     ]:
         free = Free(device, host)
-        monkeypatch.setattr(slq, "free_memory", lambda like, free=free: free)
+        monkeypatch.setattr(run_module, "free_memory", lambda like, free=free: free)
         density = hd.spectral_density(
             operator, key, num_steps=16, deflation_steps=40, progress=False
         )
@@ -115,7 +121,7 @@ def test_the_default_takes_what_fits(key, monkeypatch):
 
 def test_an_eigenspace_that_is_to_be_kept_has_a_basis(key, monkeypatch):
     operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
-    monkeypatch.setattr(slq, "free_memory", lambda like: Free(0, 0))
+    monkeypatch.setattr(run_module, "free_memory", lambda like: Free(0, 0))
     density = hd.spectral_density(
         operator, key, num_steps=8, deflation_steps=16, keep_eigenspace=True, progress=False
     )
@@ -142,7 +148,7 @@ def test_vectors_are_counted_by_their_shards():
 
 
 def test_a_plan_can_be_read(key):
-    text = str(hd.plan(hessian_of(), 10, 2, deflation_steps=20))
+    text = str(hd.plan(hessian_of(), num_steps=10, num_probes=2, deflation_steps=20))
     print(text)
     for part in [
         "Plan of a spectral density: 55 weights", "weights 220 B, a vector 220 B, activations", "the run", "passes",
@@ -150,9 +156,9 @@ def test_a_plan_can_be_read(key):
     ]:  # fmt: skip
         assert part in text
     hopeless = hd.plan(hessian_of(), device_bytes=1, host_bytes=1, timed=False)
-    assert str(hopeless).count("does not fit") == len(hopeless.choices)
+    assert str(hopeless).count("does not fit") == len(hopeless.layouts)
     assert hopeless.seconds is None
-    assert [in_words(size) for size in (0, 999, 1000, 123_456, 1.5e9, 2e12, 3.2e15)] == [
+    assert [format_bytes(size) for size in (0, 999, 1000, 123_456, 1.5e9, 2e12, 3.2e15)] == [
         "0 B", "999 B", "1 KB", "123 KB", "1.5 GB", "2 TB", "3,200 TB",
     ]  # fmt: skip
 
@@ -161,7 +167,7 @@ def test_activations_are_what_the_compiled_product_says():
     hessian = hessian_of(60, 60)
     plan = hd.plan(hessian, num_probes=2, timed=False)
     assert plan.activation_bytes == hessian.temporary_bytes(2) > 60 * 5 * 4
-    assert plan.choices[0].device_bytes == plan.activation_bytes + 220 * (56 + 4 * 2)
+    assert plan.layouts[0].device_bytes == plan.activation_bytes + 220 * (56 + 4 * 2)
 
 
 class Exhausting:

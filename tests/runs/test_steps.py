@@ -206,11 +206,11 @@ def test_another_computations_checkpoint_is_refused_and_the_difference_named(key
         (lambda: resumed(matrix(key)), r"operator.kind was 'Hessian', is 'Matrix'"),
         (
             lambda: resumed(hessian_of(), basis="none"),
-            "kept a basis, with 2 probes at once, and cannot",
+            "kept a basis, with 2 probes at once, and can only",
         ),
         (
             lambda: resumed(hessian_of(), probes_at_once=1),
-            "with 2 probes at once, and cannot go on",
+            "with 2 probes at once, and can only continue",
         ),
         (
             lambda: hd.top_eigenspace(hessian_of(), key, 2, checkpoint=folder, progress=False),
@@ -241,7 +241,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(key, tmp_path):
     (tmp_path / "full" / "thesis.tex").touch()
     (tmp_path / "file").touch()
     for name, said in [
-        ("full", "holds 'thesis.tex', which is no step"),
+        ("full", "holds 'thesis.tex', which is not a step"),
         ("file", "is a file; expected a folder"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -265,7 +265,7 @@ def test_a_step_that_cannot_be_written_is_told_as_such(key, tmp_path):
     try:
         with pytest.raises(
             RuntimeError,
-            match=r"run' cannot be written \(.*\). The steps before are there: make room",
+            match=r"run' cannot be written \(.*\). The steps before are saved. Make room",
         ):
             hd.spectral_density(operator, key, checkpoint=tmp_path / "run", **SETTINGS)
     finally:

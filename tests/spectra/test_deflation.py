@@ -12,7 +12,7 @@ from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.accuracy import estimate
 from hessdensity.spectra.quadrature import Rule, Tridiagonal, gauss_rule
-from hessdensity.vectors.trees import random_block
+from hessdensity.vectors.random import random_block
 
 
 def dense_split(matrix, num_steps, key):
@@ -178,7 +178,7 @@ def test_the_residual_of_a_probes_node_knows_of_the_coupling_to_the_deflated_spa
         *_, run = lanczos.iterate(operator, lanczos.init(random_block(key, 0, 1, operator.like), 3))
         probe = lanczos.init(random_block(key, 1, 1, operator.like), 6, lanczos.Basis(run.basis, 3))
         *_, probe = lanczos.iterate(operator, probe)
-        t = Tridiagonal(probe.diagonal[0], probe.off_diagonal[0], probe.outside[0])
+        t = Tridiagonal(probe.diagonal[0], probe.off_diagonal[0], probe.deflation_coupling[0])
         nodes, vectors = t.eigh()
         basis = np.concatenate([np.asarray(chunk)[0] for chunk in probe.basis])[:6]
         ritz = vectors.T @ basis
@@ -274,10 +274,10 @@ def test_steps_added_later_are_the_steps_of_a_longer_run(key, dtype):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tolerance": 1e-6, "max_matvecs": 60}, "max_matvecs=60 allow no more"),
+        ({"tolerance": 1e-6, "max_matvecs": 60}, "max_matvecs=60 allows no more products"),
         (
             {"tolerance": 1e-5, "deflation_steps": 3},
-            "deflation's coupling; begin with more deflation_steps",
+            "the coupling of deflation; start with a larger deflation_steps",
         ),
     ],
 )

@@ -1,5 +1,4 @@
-"""The answer and its error bars: identities that hold for any rules, and coverage on exact spectra.
-"""
+"""The answer and its error bars: identities that hold for any rules, and coverage on exact spectra."""
 
 import jax
 import named_spectra as spectra
@@ -11,20 +10,22 @@ import hessdensity as hd
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
 
 
-def sphere_rules(values, num_probes, rng, against=0):
+def sphere_rules(values, num_probes, rng, num_deflated=0):
     """One exact rule a probe: all eigenvalues as nodes, squared components of a point of the sphere
     as weights.
 
-    The first ``against`` eigenvalues are deflated exactly.
+    The first ``num_deflated`` eigenvalues are deflated exactly.
     """
     n, rules = values.size, []
     for _ in range(num_probes):
-        squares = rng.standard_normal(n - against) ** 2
+        squares = rng.standard_normal(n - num_deflated) ** 2
         weights = np.concatenate(
-            [np.full(against, 1 / n), squares / squares.sum() * (n - against) / n]
+            [np.full(num_deflated, 1 / n), squares / squares.sum() * (n - num_deflated) / n]
         )
-        order = np.concatenate([np.arange(against), against + np.argsort(values[against:])])
-        rules.append(hd.Rule(values[order], weights[order], against, np.zeros(n)))
+        order = np.concatenate(
+            [np.arange(num_deflated), num_deflated + np.argsort(values[num_deflated:])]
+        )
+        rules.append(hd.Rule(values[order], weights[order], num_deflated, np.zeros(n)))
     return hd.SpectralDensity(tuple(rules), n, num_probes)
 
 
@@ -75,9 +76,9 @@ def test_the_density_is_the_sum_of_gaussians_and_integrates_to_one():
     assert density.pdf(x.reshape(3, -1)).value.shape == (3, 6667)
 
 
-@pytest.mark.parametrize("against", [0, 5])
+@pytest.mark.parametrize("num_deflated", [0, 5])
 @pytest.mark.parametrize("num_probes", [1, 2, 4])
-def test_two_standard_errors_cover_the_truth_as_often_as_they_should(num_probes, against, rng):
+def test_two_standard_errors_cover_the_truth_as_often_as_they_should(num_probes, num_deflated, rng):
     values = np.concatenate([[10.0, 7.0, 4.0, 3.0, -2.0], rng.standard_normal(295) * 0.3])
     functions = {
         "trace": lambda x: x,
@@ -87,11 +88,11 @@ def test_two_standard_errors_cover_the_truth_as_often_as_they_should(num_probes,
     covered = dict.fromkeys(functions, 0)
     runs = 400
     for _ in range(runs):
-        density = sphere_rules(values, num_probes, rng, against)
+        density = sphere_rules(values, num_probes, rng, num_deflated)
         for name, f in functions.items():
             estimate = density.expectation(f)
             covered[name] += abs(estimate.value - f(values).mean()) <= 2 * estimate.standard_error
-    if not against:
+    if not num_deflated:
         # The five outliers, 0.7 of the variance in five squared Gaussians a probe, make the trace's
         # law skewed.
         assert covered.pop("trace") > (0.80 if num_probes == 1 else 0.84) * runs
@@ -236,7 +237,7 @@ def test_a_spectrum_of_one_value_has_no_error(name):
 
 def test_deflated_nodes_carry_no_noise_and_the_probes_the_rest(rng):
     values = np.concatenate([[100.0, 50.0], rng.standard_normal(98)])
-    density = sphere_rules(values, 1, rng, against=2)
+    density = sphere_rules(values, 1, rng, num_deflated=2)
     assert density.weights.sum() == pytest.approx(1)
     assert abs(density.trace().value - values.sum()) < 5 * np.sqrt(98) * 1.5
     # Of an indicator of the deflated part nothing is uncertain.
@@ -259,7 +260,7 @@ def test_distance_is_w1_and_a_metric():
 
 
 def test_saved_is_loaded_bit_for_bit(tmp_path, rng):
-    density = sphere_rules(spectra.ORDINARY["outliers"], 3, rng, against=4)
+    density = sphere_rules(spectra.ORDINARY["outliers"], 3, rng, num_deflated=4)
     short = gauss_rule(Tridiagonal(np.array([1.0, 2.0]), np.array([0.5, 0.1])))
     density = hd.SpectralDensity(
         (*density.rules, hd.Rule(short.nodes, short.weights, 4, short.residuals)),
@@ -303,8 +304,8 @@ def test_arguments_that_cannot_be_are_refused():
         (lambda: density.pdf(0.0, bandwidth=0.0), "bandwidth=0.0, expected a positive"),
         (lambda: density.mass(2, 1), "expected low <= high"),
         (lambda: density.quantile(1.5), r"p=1.5, expected a share in \[0, 1\]"),
-        (lambda: density.expectation(lambda x: np.where(x > 1, np.nan, x)), "1 not finite"),
-        (lambda: density.expectation(lambda x: 3.0), "one finite number a node"),
+        (lambda: density.expectation(lambda x: np.where(x > 1, np.nan, x)), "with 1 not finite"),
+        (lambda: density.expectation(lambda x: 3.0), "one finite number for each node"),
         (lambda: hd.SpectralDensity((), 3, 0), "rules is empty"),
         (
             lambda: hd.SpectralDensity((hd.Rule(x, x, 1, x), hd.Rule(x, x, 2, x)), 1, 0),
@@ -411,8 +412,8 @@ def test_rules_that_differ_in_what_they_deflate_are_weighed_by_what_they_leave(r
     covered = 0
     for _ in range(300):
         rules = (
-            *sphere_rules(values, 1, rng, against=2).rules,
-            *sphere_rules(values, 1, rng, against=1).rules,
+            *sphere_rules(values, 1, rng, num_deflated=2).rules,
+            *sphere_rules(values, 1, rng, num_deflated=1).rules,
         )
         estimate = hd.SpectralDensity(rules, 100, 2).expectation(np.tanh)
         covered += abs(estimate.value - np.tanh(values).mean()) <= 2 * estimate.standard_error

@@ -8,9 +8,9 @@ import scipy.linalg
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hessdensity as hd
-from hessdensity.spectra.eigenspace import combination
-from hessdensity.vectors import chunks as _basis
+from hessdensity.vectors import basis as bases
 from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 
 def orthonormal(n, k, seed=0):
@@ -24,8 +24,7 @@ def tree_of(columns, dtype):
 
 
 def rotated(columns, angles, others):
-    """Vectors at given angles to the first columns, in the planes that ``others`` span with them.
-    """
+    """Vectors at given angles to the first columns, in the planes that ``others`` span with them."""
     angles = np.asarray(angles)
     return np.cos(angles) * columns[:, : angles.size] + np.sin(angles) * others[:, : angles.size]
 
@@ -154,7 +153,7 @@ def test_sharded_vectors_stay_where_they_are():
     columns = NamedSharding(mesh, PartitionSpec(None, "data"))
     placed = [jax.device_put(jnp.asarray(x), columns) for x in (u, v)]
     np.testing.assert_allclose(hd.principal_angles(*placed), hd.principal_angles(u, v), atol=1e-6)
-    total = combination(placed[0], np.ones((2, 3)))
+    total = bases.combine(bases.chunks_of(placed[0]), np.ones((2, 3)), trees.one_of(placed[0]))
     assert {shard.data.shape for shard in total.addressable_shards} == {(2, 512)}
     np.testing.assert_allclose(total[1], u.sum(0), atol=1e-6)
 
@@ -166,7 +165,7 @@ def test_a_stacked_block_is_the_chunk_that_its_rows_make(key):
     }
     block = random_block(key, 0, 3, like)
     rows = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], block) for i in range(3)]
-    chunk = _basis.chunk(rows[0], 3)
+    chunk = bases.first_row(rows[0])
     for index in (1, 2):
-        chunk = _basis.write_row(chunk, rows[index], index)
-    jax.tree.map(np.testing.assert_array_equal, _basis.stack(block), chunk)
+        chunk = bases.write_row(chunk, rows[index], index)
+    jax.tree.map(np.testing.assert_array_equal, bases.as_chunk(block), chunk)

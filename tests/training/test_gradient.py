@@ -13,11 +13,10 @@ from jax.flatten_util import ravel_pytree
 from problems import example_losses, mean_loss, mlp
 
 import hessdensity as hd
-from hessdensity.krylov import lanczos
-from hessdensity.operators import hessian
-from hessdensity.spectra import projection as _projection
+from hessdensity.losses import risk
 from hessdensity.training import gradient_noise
-from hessdensity.vectors import trees
+from hessdensity.vectors import basis, trees
+from hessdensity.vectors.random import random_block
 
 
 def flat(tree):
@@ -110,7 +109,7 @@ def test_a_vector_of_the_eigenspace_is_in_it_and_an_orthogonal_one_is_not_at_any
     rows, rng = trees.ravel(space.vectors).astype(float), np.random.default_rng(0)
     outside = rng.standard_normal(space.dimension)
     outside -= rows.T @ (rows @ outside)
-    like = _projection.one_vector(space)
+    like = trees.one_of(space.vectors)
 
     def concentration(row):
         return hd.gradient_concentration(
@@ -132,7 +131,7 @@ def test_a_vector_of_the_eigenspace_is_in_it_and_an_orthogonal_one_is_not_at_any
 def test_shares_ascend_within_0_and_1_in_the_eigenspaces_order(problem, key):
     *_, space = problem
     for i in range(4):
-        vector = trees.first_vector(random_block(key, i, 1, _projection.one_vector(space)))
+        vector = trees.first_vector(random_block(key, i, 1, trees.one_of(space.vectors)))
         result = hd.gradient_concentration(vector, space)
         assert np.all(np.diff(result) >= 0)
         assert result[0] >= 0
@@ -149,7 +148,9 @@ def test_a_gradient_that_has_no_share_is_refused(problem):
         hd.gradient_concentration(
             jax.tree.map(lambda leaf: leaf + np.asarray(np.nan, leaf.dtype), zero), space
         )
-    with pytest.raises(ValueError, match="gradient is a block of 6 vectors; expected a single one"):
+    with pytest.raises(
+        ValueError, match="gradient is a block of 6 vectors; expected a single vector"
+    ):
         hd.gradient_concentration(space.vectors, space)
     with pytest.raises(ValueError, match=r"gradient: the structure is .*, but the operator's"):
         hd.gradient_concentration(zero["first"], space)
@@ -157,7 +158,7 @@ def test_a_gradient_that_has_no_share_is_refused(problem):
         ValueError, match=r"gradient: leaf 'unused' is float\d+\[3\], expected float\d+\[2\]"
     ):
         hd.gradient_concentration({**zero, "unused": jnp.zeros(3, zero["unused"].dtype)}, space)
-    with pytest.raises(TypeError, match="eigenspace is a dict; expected what"):
+    with pytest.raises(TypeError, match="eigenspace is a dict; expected an Eigenspace"):
         hd.gradient_concentration(zero, space.vectors)
 
 
@@ -317,7 +318,7 @@ def test_a_product_that_is_not_finite_hands_over_the_measure_so_far(key):
         return matrix @ vector * np.float32(np.nan if len(calls) == 4 else 1)
 
     operator = hd.FunctionOperator(product, matrix.like)
-    with pytest.raises(NonFiniteProductError, match="step 3") as caught:
+    with pytest.raises(hd.NonFiniteProductError, match="step 3") as caught:
         hd.spectral_measure(operator, np.ones(50, np.float32), 20, progress=False)
     assert caught.value.partial.num_matvecs == 3
     calls[:] = [1] * 3
@@ -528,11 +529,7 @@ def test_new_parameters_compile_nothing():
         hd.gradient_concentration(gradient, space)
         hd.spectral_measure(operator, gradient, 5, progress=False)
         hd.gradient_covariance(loss, params, data, space)
-        kernels = (
-            _projection._components,
-            gradient_noise._piece_gradient,
-            gradient_noise._add_deviation,
-        )
-        return [kernel._cache_size() for kernel in (*kernels, hessian._add_products)]
+        kernels = basis.inner_products, gradient_noise._add_deviation, risk.add_batch
+        return [kernel._cache_size() for kernel in kernels]
 
     assert measure(params) == measure(jax.tree.map(lambda leaf: 2 * leaf, params))

@@ -16,9 +16,8 @@ from problems import mlp
 
 import hessdensity as hd
 from hessdensity import losses
-from hessdensity.krylov import lanczos
 from hessdensity.operators import hessian
-from hessdensity.plots.track import plot_concentration, plot_measure, plot_track
+from hessdensity.plots import plot_concentration, plot_measure, plot_track
 from hessdensity.vectors import trees
 
 RANK = 4
@@ -67,8 +66,7 @@ def tracked(dtype):
 
 @functools.lru_cache
 def dense(dtype):
-    """(loss, gradient, eigenvalues descending, eigenvectors in rows) of each checkpoint, by LAPACK.
-    """
+    """(loss, gradient, eigenvalues descending, eigenvectors in rows) of each checkpoint, by LAPACK."""
     loss, params, batch = mlp(dtype)
     _, unravel = ravel_pytree(params)
 
@@ -138,7 +136,7 @@ def test_inside_of_a_training_loop_it_is_the_same_as_over_its_checkpoints():
     for number in range(11):
         if number % 5 == 0:
             measurement = tracker.measure(number, params)
-            assert measurement is tracker.track.measurements[-1]
+            assert measurement is tracker.track.points[-1]
         params, state = step(params, state)
     expected = tracked(np.float32)
     assert len(tracker.track) == 3
@@ -210,11 +208,11 @@ def test_later_checkpoints_compile_nothing():
 def test_the_products_are_counted_and_only_the_last_eigenvectors_kept():
     track = tracked(np.float32)
     assert track.eigenspace.values.tolist() == track.values[-1].tolist()
-    for measurement in track.measurements:
+    for measurement in track.points:
         held = [getattr(measurement, field.name) for field in dataclasses.fields(measurement)]
         assert not any(isinstance(value, jax.Array | hd.Eigenspace) for value in held)
         assert measurement.density.eigenspace is None
-    expected = [m.num_matvecs + m.density.num_matvecs for m in track.measurements]
+    expected = [m.num_matvecs + m.density.num_matvecs for m in track.points]
     np.testing.assert_array_equal(track.num_matvecs, expected)
     assert min(expected) >= 16 + RANK
 
@@ -358,10 +356,10 @@ def test_an_interrupted_track_is_that_of_the_whole_checkpoints(settings, caplog)
 def test_a_run_that_diverged_hands_over_the_track_before():
     settings = SMALL | {"rank": 2, "density": False}
     one = hd.track(breaking(0, None), CHECKPOINTS[:1], jax.random.key(0), **settings).num_matvecs[0]
-    with pytest.raises(NonFiniteProductError) as caught:
+    with pytest.raises(hd.NonFiniteProductError) as caught:
         hd.track(breaking(one + 2, None), CHECKPOINTS, jax.random.key(0), **settings)
     assert len(caught.value.partial) == 1
-    with pytest.raises(NonFiniteProductError) as caught:
+    with pytest.raises(hd.NonFiniteProductError) as caught:
         hd.track(breaking(2, None), CHECKPOINTS, jax.random.key(0), **settings)
     assert caught.value.partial is None
 
@@ -450,7 +448,7 @@ def test_saved_is_loaded_bit_for_bit(make, tmp_path):
     assert loaded.eigenspace is None
     assert loaded.description == track.description
     assert str(loaded) == str(track)
-    for ours, theirs in zip(track.measurements, loaded.measurements, strict=True):
+    for ours, theirs in zip(track.points, loaded.points, strict=True):
         for field in dataclasses.fields(ours):
             if field.name != "density":
                 np.testing.assert_array_equal(
@@ -504,7 +502,7 @@ def test_the_heat_map_holds_all_mass_on_the_axes_given():
     lines = [line for line in ax.get_lines() if line.get_xdata().size == 10]
     np.testing.assert_array_equal([line.get_ydata() for line in lines], track.values.T)
     assert not plot_track(track, plt.subplots()[1], eigenvalues=False).get_lines()
-    assert hd.Track(track.measurements[:1]).plot().get_ylim()[0] < 0
+    assert hd.Track(track.points[:1]).plot().get_ylim()[0] < 0
 
 
 def test_a_track_without_densities_has_no_heat_map():

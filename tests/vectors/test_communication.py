@@ -14,7 +14,7 @@ from benchmarks import _programs
 from benchmarks._hlo import Collective, collectives, memory, sent
 from hessdensity.distributed import make_mesh
 from hessdensity.krylov import lanczos
-from hessdensity.vectors import chunks as _basis
+from hessdensity.vectors import basis as bases
 from hessdensity.vectors import trees
 
 TINY = {"vocab_size": 8 * 131, "width": 256, "depth": 2, "num_heads": 4, "max_length": 64}
@@ -182,15 +182,15 @@ def test_a_chunk_keeps_the_shards_of_its_vectors_on_two_mesh_axes_too():
         "b": abstract((8 * 1031,), mesh, ("data", "model")),
     }
     vectors = _programs.block(like, 2)
-    chunk = jax.jit(lambda v: _basis.chunk(v, 8)).lower(vectors).compile()
+    chunk = bases.first_row.lower(vectors).compile()
     assert memory(chunk).outputs == pytest.approx(8 * memory(chunk).arguments, rel=1e-3)
-    shapes = jax.eval_shape(lambda v: _basis.chunk(v, 8), vectors)
+    shapes = jax.eval_shape(bases.first_row, vectors)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
         chunk.output_shardings,
     )
-    (found,) = found_in(_basis.coefficients, placed, vectors)[:1]
+    (found,) = found_in(bases.inner_products, placed, vectors)[:1]
     assert found.elements <= 2 * 8 * len(like)
 
 
@@ -201,15 +201,11 @@ def test_inner_products_of_sharded_vectors_are_those_of_float64(case):
     a, b = (rng.uniform(0, 1, (2, *shape)).astype(np.float32) for _ in range(2))
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, *spec))) for x in (a, b)]
     rows = [x.astype(float).reshape(2, -1) for x in (a, b)]
-    np.testing.assert_allclose(
-        jax.jit(trees.inner)(*placed), (rows[0] * rows[1]).sum(1), rtol=1e-6
-    )
-    chunk = jax.jit(lambda v: _basis.chunk(v, 4))(placed[0])
-    coefficients = jax.jit(_basis.coefficients)(chunk, placed[1])
+    np.testing.assert_allclose(jax.jit(trees.inner)(*placed), (rows[0] * rows[1]).sum(1), rtol=1e-6)
+    chunk = bases.first_row(placed[0])
+    coefficients = bases.inner_products(chunk, placed[1])
     np.testing.assert_allclose(coefficients[:, 0], (rows[0] * rows[1]).sum(1), rtol=1e-6)
-    left = jax.jit(_basis.subtract_combination)(
-        placed[1], jnp.full((2, 4), 0.5, jnp.float32), chunk
-    )
+    left = jax.jit(bases.subtract_combination)(placed[1], jnp.full((2, 4), 0.5, jnp.float32), chunk)
     np.testing.assert_allclose(left, b - np.float32(0.5) * a, atol=1e-6)
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hessdensity.vectors import chunks as _basis
+from hessdensity.vectors import basis as bases
 from hessdensity.vectors import fingerprint as _identity
 from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
 
 # Lengths that no factor divides, more than one long axis, scalars, empty leaves.
 SHAPES = [(1_000_003,), (1_000_000,), (50_021, 3), (7, 1031), (3, 3, 64, 32), (), (0, 4), (1,)]
@@ -48,20 +49,20 @@ def test_norms_neither_underflow_nor_overflow(size):
 def test_a_chunks_products_and_combinations_are_those_of_its_rows(shape, dtype):
     rows = [block(shape, 2, dtype, seed) for seed in range(3)]
     vector = {"w": block(shape, 2, dtype, 9)}
-    chunk = _basis.chunk({"w": rows[0]}, 4)
+    chunk = bases.first_row({"w": rows[0]})
     for index in (1, 2):
-        chunk = _basis.write_row(chunk, {"w": rows[index]}, index)
+        chunk = bases.write_row(chunk, {"w": rows[index]}, index)
     basis = np.stack([np.asarray(row, float).reshape(2, -1) for row in rows], axis=1)
     flat = np.asarray(vector["w"], float).reshape(2, -1)
     coefficients, expected = (
-        _basis.coefficients(chunk, vector),
+        bases.inner_products(chunk, vector),
         np.einsum("kcn,kn->kc", basis, flat),
     )
     scale = 1 + np.linalg.norm(basis) * np.linalg.norm(flat)
     np.testing.assert_allclose(coefficients[:, :3], expected, atol=8 * np.finfo(dtype).eps * scale)
-    assert not np.asarray(coefficients[:, 3]).any()
+    assert not np.asarray(coefficients[:, 3:]).any()
     factors = jnp.asarray([[1.0, -2.0, 0.5, 7.0], [0.0, 1.0, 3.0, 7.0]], dtype)
-    left = _basis.subtract_combination(vector, factors, chunk)["w"].reshape(2, -1)
+    left = bases.subtract_combination(vector, factors, chunk)["w"].reshape(2, -1)
     combination = np.einsum("kc,kcn->kn", np.asarray(factors, float)[:, :3], basis)
     np.testing.assert_allclose(left, flat - combination, atol=100 * np.finfo(dtype).eps)
 
