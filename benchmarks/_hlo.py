@@ -1,15 +1,16 @@
 """What a compiled program keeps on each device, and what it sends between devices.
 
-Read from XLA's optimised program of one device: its memory analysis, and the collectives in its
+Read from XLA's optimized program of one device: its memory analysis, and the collectives in its
 text. Nothing runs, so that the arguments may be shapes alone.
 
 Counted are the bytes that one device sends in one call, by the algorithms that use every link of a
 ring evenly. Of G devices that work together, each sends
 
-    all-gather                            (G - 1)/G of the gathered array reduce-scatter
-    (G - 1)/G of the array before it is scattered all-reduce                          2 (G - 1)/G of
-    the array: a reduce-scatter, then an all-gather all-to-all                            (G - 1)/G
-    of the array collective-permute, -broadcast        the array
+    all-gather                            (G - 1)/G of the gathered array
+    reduce-scatter                        (G - 1)/G of the array before it is scattered
+    all-reduce                          2 (G - 1)/G of the array: reduce-scatter, then all-gather
+    all-to-all                            (G - 1)/G of the array
+    collective-permute, -broadcast        the array
 
 once for every iteration of the loops around it; XLA writes down their trip counts. All branches of
 a conditional are counted, which is an upper bound."""
@@ -103,9 +104,8 @@ def _walk(computations: dict[str, list[str]], name: str, times: int | None) -> I
         if found := _COLLECTIVE.search(line):
             if times is None:
                 raise ValueError(f"a collective in a loop of unknown length: {line.strip()[:200]}")
-            yield _collective(
-                found["kind"], found["type"], bool(found["start"]), _group_size(line), times
-            )
+            group = _group_size(line)
+            yield _collective(found["kind"], found["type"], bool(found["start"]), group, times)
             continue  # what it calls is the sum of two scalars
         called = _CALLED.findall(line)
         for branches in _BRANCHES.findall(line):
@@ -134,10 +134,8 @@ def _collective(kind: str, type_: str, start: bool, group: int, times: int) -> C
         "collective-broadcast": 1,
     }
     share = rounds.get(kind, (group - 1) / group)
-    elements, total = (
-        sum(length for length, _ in arrays),
-        sum(length * width for length, width in arrays),
-    )
+    elements = sum(length for length, _ in arrays)
+    total = sum(length * width for length, width in arrays)
     return Collective(kind, elements * whole, total * whole * share, times)
 
 

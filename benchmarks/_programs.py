@@ -12,7 +12,7 @@ from benchmarks.models.stacked_gpt import StackedGPT
 from hessdensity import losses
 from hessdensity.distributed import place
 from hessdensity.krylov import lanczos
-from hessdensity.losses import risk
+from hessdensity.losses import kernels as kernels_of
 from hessdensity.operators.derivatives import PRODUCTS
 from hessdensity.vectors import basis as bases
 from hessdensity.vectors import orthogonalize, trees
@@ -49,14 +49,16 @@ def block(like: PyTree, count: int) -> PyTree:
 def gradient(loss: Callable, params: PyTree, batch: PyTree) -> Any:
     """The gradient of one batch."""
     loss = jax.tree_util.Partial(loss)
-    return risk.add_batch.lower(risk.gradient_kernel, loss, params, batch, (), params).compile()
+    return kernels_of.add_batch.lower(
+        kernels_of.gradient_kernel, loss, params, batch, (), params
+    ).compile()
 
 
 def product(loss: Callable, params: PyTree, batch: PyTree, count: int) -> Any:
     """The products of one batch with a block of ``count`` vectors."""
     vectors, loss = block(params, count), jax.tree_util.Partial(loss)
-    kernel = PRODUCTS[risk.FORWARD_OVER_REVERSE]
-    return risk.add_batch.lower(kernel, loss, params, batch, (vectors,), vectors).compile()
+    kernel = PRODUCTS[kernels_of.FORWARD_OVER_REVERSE]
+    return kernels_of.add_batch.lower(kernel, loss, params, batch, (vectors,), vectors).compile()
 
 
 def kernels(like: PyTree, count: int) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def calls(num_steps: int, deflation_steps: int, basis: str = "device") -> dict[s
         "write row": 1,
         "coefficients": chunks,
         "subtract": chunks,
-        "coefficients against": 2
-        * against,  # once for what couples them, once more for the rounding of that
+        # The first time for the coupling, the second time for its rounding error.
+        "coefficients against": 2 * against,
         "subtract against": 2 * against,
     }

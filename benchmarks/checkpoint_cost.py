@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    network, random = NETWORKS["resnet50"], np.random.default_rng(0)
+    network = NETWORKS["resnet50"]
+    random = np.random.default_rng(0)
     images = network.normalize(
         random.integers(0, 256, (args.batch_size, network.size, network.size, 3), np.uint8)
     )
@@ -68,8 +69,8 @@ def main() -> None:
                 whole.append(time.perf_counter() - start)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / args.steps
     shutil.rmtree(folder)
-    result = {"megabytes_a_step": size / 1e6}
-    result |= {
+    result = {
+        "megabytes_a_step": size / 1e6,
         "blocked_seconds": statistics.median(blocked),
         "whole_seconds": statistics.median(whole),
     }
@@ -80,10 +81,8 @@ def main() -> None:
     start = time.perf_counter()
     jax.block_until_ready(hessian @ vectors)
     result["product_seconds"] = time.perf_counter() - start
-    result |= {
-        f"{part}_share": result[f"{part}_seconds"] / result["product_seconds"]
-        for part in ("blocked", "whole")
-    }
+    for part in ("blocked", "whole"):
+        result[f"{part}_share"] = result[f"{part}_seconds"] / result["product_seconds"]
     print({name: round(value, 5) for name, value in result.items()}, flush=True)
     if (args.batch_size, args.steps) == (256, 20):
         print(save("checkpoint_cost", result))

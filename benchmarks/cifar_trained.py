@@ -13,11 +13,9 @@ Answer (2026-11-21, 2 shared cores of an AMD EPYC, about 50 minutes each; ResNet
 --deflation-steps 45 and --num-steps 25). All ten pairs converged. The images are JPEG copies of
 those that the networks were trained on, hence the loss.
 
-                   test    loss   lambda_1   lambda_10   zeta   smallest          trace
-                   concentration
-    ResNet-20    81.03%   0.485      170.3        35.6   4.79      -4.30    2008 +- 70
-    0.879 ResNet-32    82.56%   0.503      296.0        46.1   6.42      -4.53   2786 +- 121
-    0.728
+                test    loss   lambda_1   lambda_10   zeta   smallest          trace   concentration
+    ResNet-20 81.03%   0.485      170.3        35.6   4.79      -4.30    2008 +- 70            0.879
+    ResNet-32 82.56%   0.503      296.0        46.1   6.42      -4.53   2786 +- 121            0.728
 
 Most of the gradient lies in the top ten directions, as in the paper for networks without batch
 statistics, but next to nothing of it in the first two: 0.001 (ResNet-20) and 0.066 (ResNet-32)."""
@@ -44,10 +42,8 @@ RANK = 10  # the number of classes
 
 def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.SpectralDensity]:
     """The figures of one network, and its density."""
-    model, variables = (
-        ResNet(depth),
-        load_weights(folder("weights") / f"cifar10_resnet{depth}.safetensors"),
-    )
+    model = ResNet(depth)
+    variables = load_weights(folder("weights") / f"cifar10_resnet{depth}.safetensors")
     images, labels = cifar10("test", args.test_images)
     right = accuracy(model, variables, (normalize(images), labels))
     print(f"ResNet-{depth}: {right:.2%} of {len(labels):,} test images right", flush=True)
@@ -68,7 +64,8 @@ def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.Sp
         keep_eigenspace=True,
     )
     seconds = time.perf_counter() - start
-    eigenspace, smallest = density.eigenspace[:RANK], density.extremes().smallest
+    eigenspace = density.eigenspace[:RANK]
+    smallest = density.extremes().smallest
     gradient = hd.gradient(loss, params, data)
     concentration = hd.gradient_concentration(gradient, eigenspace)
     trace = density.trace()
@@ -98,16 +95,9 @@ def measure(depth: int, args: argparse.Namespace) -> tuple[dict[str, Any], hd.Sp
         ],
     }
     print(density)
-    for rank, (value, residual, converged, share) in enumerate(
-        zip(
-            eigenspace.values,
-            eigenspace.residuals,
-            eigenspace.converged,
-            concentration,
-            strict=True,
-        ),
-        start=1,
-    ):
+    pairs = (eigenspace.values, eigenspace.residuals, eigenspace.converged, concentration)
+    found = enumerate(zip(*pairs, strict=True), start=1)
+    for rank, (value, residual, converged, share) in found:
         note = "" if converged else "  not converged"
         print(
             f"{rank:5} eigenvalue {value:10.4f}, residual {residual:.1e}, gradient up to here "
@@ -125,10 +115,9 @@ def draw(result: dict[str, Any], density: hd.SpectralDensity) -> plt.Figure:
         1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=(2, 1)
     )
     plot_density(density, left, x_scale="symlog")
-    top = [0.02] * RANK
     left.plot(
         result["eigenvalues"],
-        top,
+        [0.02] * RANK,
         "|",
         color="C3",
         markersize=10,

@@ -28,16 +28,16 @@ SETTINGS = {
 
 def main() -> None:
     hessian, eigenvalues = problem()
-    exact, results = Exact(eigenvalues), {}
+    exact = Exact(eigenvalues)
+    results = {}
     true_trace = float(eigenvalues.sum())
     for name, settings in SETTINGS.items():
         densities = [
             hd.spectral_density(hessian, jax.random.key(key), progress=False, **settings)
             for key in range(KEYS)
         ]
-        w1, l1 = zip(
-            *(exact.errors(density, exact.smoothed(density)) for density in densities), strict=True
-        )
+        errors = [exact.errors(density, exact.smoothed(density)) for density in densities]
+        w1, l1 = zip(*errors, strict=True)
         traces = [density.trace() for density in densities]
         result = {
             "num_matvecs": densities[0].num_matvecs,

@@ -44,6 +44,7 @@ from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
 from hessdensity.spectra.quadrature import Rule, Tridiagonal, gauss_rule
 from hessdensity.vectors import trees
+from hessdensity.vectors.basis import Basis
 from hessdensity.vectors.random import random_block
 
 KEYS = 20  # on the network's spectrum
@@ -91,7 +92,7 @@ def plain(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule
 
 def implicit(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule, ...]:
     n = trees.size(operator.like)
-    return tuple(deflation.isolate(rule, n) for rule in plain(operator, key, settings))
+    return tuple(deflation.pin_isolated(rule, n) for rule in plain(operator, key, settings))
 
 
 def without_its_own(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule, ...]:
@@ -99,21 +100,23 @@ def without_its_own(operator: hd.Matrix, key: jax.Array, settings: Settings) -> 
 
 
 def sequential(operator: hd.Matrix, key: jax.Array, settings: Settings) -> tuple[Rule, ...]:
-    n, chunks, size = trees.size(operator.like), (), 0
-    nodes, rules = np.zeros(0), []
+    n = trees.size(operator.like)
+    chunks = ()
+    size = 0
+    nodes = np.zeros(0)
+    rules = []
     for index in range(settings.num_probes):
         start = random_block(key, index, 1, operator.like)
-        state = lanczos.init(
-            start, settings.num_steps, lanczos.Basis(chunks, size) if size else None
-        )
+        state = lanczos.init(start, settings.num_steps, Basis(chunks, size))
         *_, state = lanczos.iterate(operator, state)
         own = gauss_rule(Tridiagonal(state.diagonal[0], state.off_diagonal[0]))
         weights = np.concatenate([np.full(size, 1 / n), own.weights * (1 - size / n)])
-        rules.append(
-            Rule(np.concatenate([nodes, own.nodes]), weights, size, np.zeros(weights.size))
-        )
-        chunks, size = (*chunks, *state.basis), size + settings.num_steps
-        nodes = np.sort(np.concatenate([nodes, own.nodes]))
+        together = np.concatenate([nodes, own.nodes])
+        rules.append(Rule(together, weights, size, np.zeros(weights.size)))
+        # The last chunk of each run may hold zeros after its last vector, which change nothing.
+        chunks = (*chunks, *state.basis.chunks)
+        size += settings.num_steps
+        nodes = np.sort(together)
     return tuple(rules[1:])
 
 
@@ -155,9 +158,8 @@ class Exact:
         )
         edges = self.eigenvalues[:, None]
         pieces = np.array_split(self.grid, 20)
-        self.density = np.concatenate(
-            [self._kernel(piece - edges).mean(axis=0) for piece in pieces]
-        )
+        smoothed = [self._kernel(piece - edges).mean(axis=0) for piece in pieces]
+        self.density = np.concatenate(smoothed)
 
     def _kernel(self, x: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * (x / self.width) ** 2) / (self.width * np.sqrt(2 * np.pi))
@@ -192,19 +194,13 @@ def row(
 def draw(results: dict[str, list[dict]]) -> plt.Figure:
     """W1 against products, a panel a spectrum, a marker a way to spend them."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
-    markers = dict(
-        zip(("plain", "implicit", "without its own", "sequential", "Krylov"), "os^Dv", strict=True)
-    )
+    methods = ("plain", "implicit", "without its own", "sequential", "Krylov")
+    markers = dict(zip(methods, "os^Dv", strict=True))
     for ax, (name, rows) in zip(axes.flat, results.items(), strict=True):
         for method, marker in markers.items():
             chosen = [r for r in rows if r["method"] == method]
-            ax.plot(
-                [r["products"] for r in chosen],
-                [r["w1"] for r in chosen],
-                marker,
-                label=method,
-                alpha=0.8,
-            )
+            products = [r["products"] for r in chosen]
+            ax.plot(products, [r["w1"] for r in chosen], marker, label=method, alpha=0.8)
         ax.set(xscale="log", yscale="log", title=name)
         ticks = [60, 120, 180, 360, 900]
         ax.set_xticks(ticks, map(str, ticks))

@@ -1,17 +1,17 @@
 """What is the spectrum of an ImageNet network's Hessian: its density and its top eigenvalues?
 
-    python benchmarks/imagenet.py --model squeezenet1_1 --weights FILE.safetensors --data IMAGES
-    --checkpoint FOLDER
+    python benchmarks/imagenet.py --model squeezenet1_1 --weights FILE.safetensors \\
+        --data IMAGES --checkpoint FOLDER
 
 IMAGES is an ImageFolder's root (ROOT/WORDNET_ID/*.JPEG) or Parquet shards. The images are decoded
-once; every product then reads the same bytes in the same order. A killed run goes on where it was:
-the same command again. On a cluster, the same command with --distributed on every process.
+once; every product then reads the same bytes in the same order. Give the same command again to
+resume a killed run. On a cluster, the same command with --distributed on every process.
 
 Answer (2026-11-21, 2 shared cores of an AMD EPYC, JAX 0.10.2), of
 
-    python benchmarks/imagenet.py --model squeezenet1_1 --weights ... --data ... --num-images 100
-        --batch-size 10 \\ --num-steps 40 --num-probes 1 --deflation-steps 40 --checkpoint ...
-        --cache ...
+    python benchmarks/imagenet.py --model squeezenet1_1 --weights ... --data ... \\
+        --num-images 100 --batch-size 10 --num-steps 40 --num-probes 1 --deflation-steps 40 \\
+        --checkpoint ... --cache ...
 
 killed (kill -9) after 22 of its 80 products and given again: the trained SqueezeNet 1.1, top-1 62.0
 % and top-5 82.0 % of 100 images of both shards, mean loss 1.652. Ten eigenvalues with residuals
@@ -78,9 +78,8 @@ def accuracy(
         if mesh is not None:
             rows = NamedSharding(mesh, PartitionSpec("data"))
             batch = tuple(jax.make_array_from_process_local_data(rows, part) for part in batch)
-        counts = [
-            a + int(b) for a, b in zip(counts, _right(network, variables, batch), strict=True)
-        ]
+        right = _right(network, variables, batch)
+        counts = [a + int(b) for a, b in zip(counts, right, strict=True)]
     first, five, images = counts
     if not images:
         raise ValueError("none of the images can be read; see what was skipped")
@@ -124,16 +123,15 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     network = NETWORKS[settings["model"]]
     mesh, devices = None, 1
     progress = settings["progress"] and jax.process_index() == 0
-    variables = (
-        network.load(settings["weights"])
-        if settings["weights"]
-        else network.initial(jax.random.key(0))
-    )
-    if not settings["weights"]:
+    if settings["weights"]:
+        variables = network.load(settings["weights"])
+    else:
+        variables = network.initial(jax.random.key(0))
         say("RANDOM WEIGHTS: no --weights given; this is the spectrum of an untrained network.")
     if settings["mesh"] or settings["distributed"]:
         mesh = distributed.make_mesh()
-        devices, variables = mesh.size, distributed.place(variables, mesh)
+        devices = mesh.size
+        variables = distributed.place(variables, mesh)
     start = time.perf_counter()
     data = read(settings, network, devices, progress)
     seconds_reading = time.perf_counter() - start
@@ -169,12 +167,11 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
         )
         seconds = time.perf_counter() - start
     top = density.outliers[: settings["rank"]]
-    smallest, trace = density.extremes().smallest, density.trace()
+    smallest = density.extremes().smallest
+    trace = density.trace()
+    given = ("model", "batch_size", "num_steps", "num_probes", "deflation_steps")
     result = {
-        **{
-            name: settings[name]
-            for name in ("model", "batch_size", "num_steps", "num_probes", "deflation_steps")
-        },
+        **{name: settings[name] for name in given},
         "trained": bool(settings["weights"]),
         "precision": settings["precision"],
         "num_params": density.dimension,
@@ -274,7 +271,7 @@ def write(result: dict[str, Any], density: hd.SpectralDensity, out: str | None) 
     help="Of products.",
 )
 @click.option("--seed", default=0, help="Seed of the probes.")
-@click.option("--checkpoint", type=click.Path(), help="Folder that a killed run goes on from.")
+@click.option("--checkpoint", type=click.Path(), help="Folder from which a killed run resumes.")
 @click.option(
     "--cache",
     type=click.Path(file_okay=False),
@@ -304,10 +301,8 @@ def main(**settings: Any) -> None:
         raise click.ClickException(str(error)) from error
     if first:
         report(result, density, settings["rank"], say)
-        say(
-            f"saved beside {write(result, density, settings['out']).name}: the density (.npz) and "
-            "the figure (.png)"
-        )
+        path = write(result, density, settings["out"])
+        say(f"saved beside {path.name}: the density (.npz) and the figure (.png)")
 
 
 if __name__ == "__main__":

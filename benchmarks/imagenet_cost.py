@@ -1,9 +1,8 @@
 """What does a Hessian-vector product cost on an accelerator, for ImageNet's networks, beside
 PyTorch's double backward?
 
-    python -m benchmarks.imagenet_cost                # batches that fill an accelerator python -m
-    benchmarks.imagenet_cost --size trial   # small images and batches: does it run? A few minutes
-    of CPU
+    python -m benchmarks.imagenet_cost                # batches that fill an accelerator
+    python -m benchmarks.imagenet_cost --size trial   # does it run? A few minutes of CPU
 
 SqueezeNet 1.1 and ResNet-50 (stored statistics), float32, in two precisions of products: "highest",
 and the device's default, which on accelerators is shorter (TF32, bfloat16). Both sides have the
@@ -20,9 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-os.environ.setdefault(
-    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
-)  # leaves the other framework its memory
+# Leaves the other framework its memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import click
 import jax
@@ -36,10 +34,10 @@ from benchmarks.models.weights import from_torch
 
 PRECISIONS = ("highest", "default")
 LAYOUTS = ("contiguous_format", "channels_last")
-SIZES = {
+SIZES = {  # pixels (None: the network's), batch sizes
     "full": (None, (64, 128, 256, 512, 1024)),
     "trial": (64, (4,)),
-}  # pixels (None: the network's), batch sizes
+}
 
 # Dense TFLOP/s of one chip, by the beginning of what JAX calls it, as their makers state them:
 # float32 "highest", and "default". TPUs make a float32 product of six in bfloat16.
@@ -55,23 +53,23 @@ PEAKS = {
 
 
 class Torch:
-    """The same network in PyTorch, in one of its memory layouts, on its accelerator if it has one."""
+    """The same network in PyTorch, in one of its memory layouts, on its accelerator if any."""
 
     def __init__(self, name: str, layout: str) -> None:
         import torch
 
         from benchmarks.models.torch_networks import NETWORKS as networks
 
-        self.torch, self._layout = torch, getattr(torch, layout)
+        self.torch = torch
+        self._layout = getattr(torch, layout)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
         model = networks[name]().eval()
         with torch.no_grad():
             for key, leaf in model.named_parameters():
+                # Else, without trained statistics, the activations grow with every block.
                 if key.endswith("bn3.weight"):
-                    leaf.fill_(
-                        0.2
-                    )  # else, without trained statistics, the activations grow with every block
+                    leaf.fill_(0.2)
         self.state = {key: leaf.numpy().copy() for key, leaf in model.state_dict().items()}
         self._model = model.to(self.device, memory_format=self._layout)
 
@@ -193,13 +191,12 @@ def fits(thunk: Callable[[], Any]) -> bool:
 def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The figures of one network, at every batch size and precision."""
     pixels, batch_sizes = SIZES[settings["size"]]
-    network, batch_sizes = NETWORKS[name], settings["batch_sizes"] or batch_sizes
+    network = NETWORKS[name]
+    batch_sizes = settings["batch_sizes"] or batch_sizes
     pixels = pixels or network.size
     torch = {layout: Torch(name, layout) for layout in LAYOUTS}
-    variables, vector = (
-        jax.device_put(from_torch(torch[LAYOUTS[0]].state)),
-        torch[LAYOUTS[0]].vector(),
-    )
+    variables = jax.device_put(from_torch(torch[LAYOUTS[0]].state))
+    vector = torch[LAYOUTS[0]].vector()
     ours = jax.device_put(from_torch(vector)["params"])
     rng = np.random.default_rng(1)
     result: dict[str, Any] = {"pixels": pixels, "runs": []}
@@ -223,16 +220,14 @@ def measure(name: str, settings: dict[str, Any]) -> dict[str, Any]:
             for layout in LAYOUTS:
                 theirs = torch[layout].thunks(inputs, labels, vector, precision)
                 if fits(theirs["product"]):
-                    timed |= {
-                        f"torch {key}, {layout}": theirs[key] for key in ("gradient", "product")
-                    }
-            seconds = {
-                key: t._asdict() for key, t in interleave(timed, settings["repeats"]).items()
-            }
-            result["runs"].append(
-                _figures(batch_size, precision, seconds, result["flops_per_image"], settings)
-            )
-            _print(name, result["runs"][-1])
+                    for key in ("gradient", "product"):
+                        timed[f"torch {key}, {layout}"] = theirs[key]
+            timings = interleave(timed, settings["repeats"])
+            seconds = {key: timing._asdict() for key, timing in timings.items()}
+            flops_per_image = result["flops_per_image"]
+            run = _figures(batch_size, precision, seconds, flops_per_image, settings)
+            result["runs"].append(run)
+            _print(name, run)
     return result
 
 
@@ -245,13 +240,9 @@ def _figures(
 ) -> dict[str, Any]:
     product = seconds["product"]["median"]
     peak = settings[f"peak_{precision}"] or _peak(precision)
-    torch_gradient, torch_product = (
-        min(
-            (t["median"] for key, t in seconds.items() if key.startswith(f"torch {what}")),
-            default=None,
-        )
-        for what in ("gradient", "product")
-    )
+    torch_gradient = _fastest(seconds, "torch gradient")
+    torch_product = _fastest(seconds, "torch product")
+    tflops_per_second = flops["product"] * batch_size / product / 1e12
     return {
         "batch_size": batch_size,
         "precision": precision,
@@ -259,12 +250,17 @@ def _figures(
         "seconds": seconds,
         "images_per_second": batch_size / product,
         "product_in_gradients": product / seconds["gradient"]["median"],
-        "tflops_per_second": flops["product"] * batch_size / product / 1e12,
+        "tflops_per_second": tflops_per_second,
         "peak_tflops_per_second": peak,
-        "share_of_peak": peak and flops["product"] * batch_size / product / 1e12 / peak,
+        "share_of_peak": peak and tflops_per_second / peak,
         "times_faster_than_torch": torch_product and torch_product / product,
         "torch_product_in_gradients": torch_product and torch_product / torch_gradient,
     }
+
+
+def _fastest(seconds: dict[str, Any], beginning: str) -> float | None:
+    found = [timing["median"] for key, timing in seconds.items() if key.startswith(beginning)]
+    return min(found, default=None)
 
 
 def _peak(precision: str) -> float | None:
@@ -274,12 +270,23 @@ def _peak(precision: str) -> float | None:
 
 
 def _print(name: str, run: dict[str, Any]) -> None:
-    share, faster = run["share_of_peak"], run["times_faster_than_torch"]
-    click.echo(
-        f"{name:14}{run['batch_size']:>6}{run['precision']:>9}{run['images_per_second']:>12.1f} "
-        f"images/s{run['product_in_gradients']:>7.2f} gradients{run['tflops_per_second']:>8.2f} "
-        f"TFLOP/s{'' if share is None else f', {share:.1%} of the peak'}{', PyTorch: no memory' if faster is None else f', {faster:.2f} times as fast as PyTorch'}"
-    )
+    cells = [
+        f"{name:14}",
+        f"{run['batch_size']:>6}",
+        f"{run['precision']:>9}",
+        f"{run['images_per_second']:>12.1f} images/s",
+        f"{run['product_in_gradients']:>7.2f} gradients",
+        f"{run['tflops_per_second']:>8.2f} TFLOP/s",
+    ]
+    share = run["share_of_peak"]
+    if share is not None:
+        cells.append(f", {share:.1%} of the peak")
+    faster = run["times_faster_than_torch"]
+    if faster is None:
+        cells.append(", PyTorch: no memory")
+    else:
+        cells.append(f", {faster:.2f} times as fast as PyTorch")
+    click.echo("".join(cells))
 
 
 @click.command(context_settings={"show_default": True})
@@ -313,8 +320,7 @@ def main(**settings: Any) -> None:
         name: measure(name, settings)
         for name in settings["models"] or ("squeezenet1_1", "resnet50")
     }
-    trial = settings["size"] == "trial"
-    if trial:
+    if settings["size"] == "trial":
         click.echo("a trial: it shows that this runs, and nothing about an accelerator; not saved")
         return
     click.echo(f"saved in {save('imagenet_cost', result).name}")

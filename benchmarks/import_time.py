@@ -25,31 +25,27 @@ print(json.dumps([seconds, sorted(sys.modules)]))
 def fresh_import(module: str) -> tuple[float, set[str]]:
     """Seconds that the import takes in a new process, and the modules that it loads."""
     command = [sys.executable, "-c", PROGRAM.format(module=module)]
-    seconds, modules = json.loads(
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    )
+    run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    seconds, modules = json.loads(run.stdout)
     return seconds, set(modules)
 
 
 if __name__ == "__main__":
     seconds: dict[str, list[float]] = {"jax": [], "hessdensity": []}
-    modules = {
-        module: fresh_import(module)[1] for module in seconds
-    }  # and fills the caches of the file system
+    # These imports, which are not timed, also fill the caches of the file system.
+    modules = {module: fresh_import(module)[1] for module in seconds}
     for _ in range(9):
         for module, samples in seconds.items():
             samples.append(fresh_import(module)[0])
     jax, hessdensity = (statistics.median(samples) for samples in seconds.values())
     added = modules["hessdensity"] - modules["jax"]
     heavy = [module for module in HEAVY if module in added]
-    print(
-        f"import jax {jax:.2f} s, import hessdensity {hessdensity:.2f} s: {hessdensity - jax:.2f} "
-        "s more"
-    )
+    more = hessdensity - jax
+    print(f"import jax {jax:.2f} s, import hessdensity {hessdensity:.2f} s: {more:.2f} s more")
     print(f"{len(added)} more modules; heavy ones among them: {', '.join(heavy) or 'none'}")
     result = {
         "seconds": seconds,
-        "added_seconds": hessdensity - jax,
+        "added_seconds": more,
         "added_modules": len(added),
         "heavy": heavy,
     }

@@ -39,7 +39,7 @@ BLOCK = 2**16  # columns of the basis taken to float64 at a time
 
 
 def spectrum(n: int) -> jax.Array:
-    """Like a trained network's: nearly all of it close to 0, tails to both sides, and ten outliers."""
+    """Like a trained network's: nearly all of it close to 0, two tails, and ten outliers."""
     bulk = 1e-3 * jax.random.t(jax.random.key(0), 3.0, (n - 10,))
     return jnp.concatenate([jnp.clip(bulk, -0.3, 1.0), jnp.geomspace(1.5, 10.0, 10)])
 
@@ -60,16 +60,15 @@ _multiply = jax.jit(jnp.multiply)
 
 def problem(n: int) -> tuple[Diagonal, jax.Array]:
     """An operator and a block of one start vector."""
-    return Diagonal(jax.block_until_ready(spectrum(n))), jax.block_until_ready(
-        jax.random.normal(KEY, (1, n))
-    )
+    values, start = jax.block_until_ready((spectrum(n), jax.random.normal(KEY, (1, n))))
+    return Diagonal(values), start
 
 
 def competitors(n: int, num_steps: int) -> dict[str, Callable[[], Any]]:
     """Both, ready to run on the same operator from the same start."""
     operator, start = problem(n)
     vector = jax.block_until_ready(start[0])
-    tridiagonalise = jax.jit(decomp.tridiag_sym(num_steps, reortho="full"), static_argnums=0)
+    tridiagonalize = jax.jit(decomp.tridiag_sym(num_steps, reortho="full"), static_argnums=0)
 
     def hessdensity() -> lanczos.LanczosState:
         *_, state = lanczos.iterate(operator, lanczos.init(start, num_steps))
@@ -77,7 +76,7 @@ def competitors(n: int, num_steps: int) -> dict[str, Callable[[], Any]]:
 
     return {
         "hessdensity": hessdensity,
-        "matfree": lambda: tridiagonalise(_multiply, vector, operator.values),
+        "matfree": lambda: tridiagonalize(_multiply, vector, operator.values),
     }
 
 
@@ -105,10 +104,11 @@ def reading_speed() -> float:
     """
     array = jnp.ones((8, 2**24))
     seconds = []
-    for total in (
-        jax.jit(jnp.sum),
-        jax.jit(lambda rows: sum(rows[index] for index in range(len(rows)))),
-    ):
+
+    def sum_of_rows(rows: jax.Array) -> jax.Array:
+        return sum(rows[index] for index in range(len(rows)))
+
+    for total in (jax.jit(jnp.sum), jax.jit(sum_of_rows)):
         total(array).block_until_ready()
         for _ in range(10):
             start = time.perf_counter()
@@ -132,21 +132,12 @@ def in_fresh_processes(
     name: str, n: int, num_steps: int, processes: int = 3
 ) -> tuple[float, float]:
     """Medians of `first_and_second` over processes that have compiled nothing yet."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.lanczos_engine",
-        "--first",
-        name,
-        str(n),
-        str(num_steps),
-    ]
-    samples = [
-        json.loads(
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        )
-        for _ in range(processes)
-    ]
+    module = [sys.executable, "-m", "benchmarks.lanczos_engine"]
+    command = [*module, "--first", name, str(n), str(num_steps)]
+    samples = []
+    for _ in range(processes):
+        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        samples.append(json.loads(run.stdout))
     first, second = (statistics.median(column) for column in zip(*samples, strict=True))
     return first, second
 
@@ -162,17 +153,21 @@ def main() -> None:
     print(f"{'':14}{'warm':>9}{'first call':>12}{'max|V VT - I|':>16}{'memory speed':>14}")
     for name in runs:
         seconds = warm[name].median
-        rows[name] = {
+        rows[name] = row = {
             "warm": warm[name]._asdict(),
             "first_call": in_fresh_processes(name, N, STEPS)[0],
             "loss_of_orthogonality": loss_of_orthogonality(basis(name)),
             "bytes_per_second": must_read / seconds,
             "share_of_memory_speed": must_read / seconds / speed,
         }
-        print(
-            f"{name:14}{seconds:>7.2f} s{rows[name]['first_call']:>10.2f} "
-            f"s{rows[name]['loss_of_orthogonality']:>16.1e}{rows[name]['share_of_memory_speed']:>14.0%}"
-        )
+        cells = [
+            f"{name:14}",
+            f"{seconds:>7.2f} s",
+            f"{row['first_call']:>10.2f} s",
+            f"{row['loss_of_orthogonality']:>16.1e}",
+            f"{row['share_of_memory_speed']:>14.0%}",
+        ]
+        print("".join(cells))
     ratios = {
         "warm": warm["matfree"].median / warm["hessdensity"].median,
         "first_call": rows["matfree"]["first_call"] / rows["hessdensity"]["first_call"],

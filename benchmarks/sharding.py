@@ -10,12 +10,10 @@ CPU compiler, a reduce-scatter for those of GPUs and TPUs: both are given.
 
 Answer (2026-11-21, JAX 0.10.2; 1,012,830,208 weights in 15 sharded leaves), GB per device:
 
-      devices   weights  one vector  of a basis   temporaries of the gradient    1 H v    2 H v    4
-            H v 1    4.0513      4.0513      4.0513                         29.06    48.39   235.97
-            260.18 8    0.5064      0.5064      0.5064                          4.81     8.80
-            35.56    40.80
-           64    0.0633      0.0633      0.0633                          1.66     2.49    10.08
-           12.91
+      devices   weights  one vector  of a basis   temporaries: gradient    1 H v    2 H v    4 H v
+            1    4.0513      4.0513      4.0513                   29.06    48.39   235.97   260.18
+            8    0.5064      0.5064      0.5064                    4.81     8.80    35.56    40.80
+           64    0.0633      0.0633      0.0633                    1.66     2.49    10.08    12.91
 
 Vectors and basis fall 8.000 times from 1 to 8 devices. An update of Lanczos with the default
 settings sends scalars alone, 490 for every sharded leaf, k (num_steps + 2 deflation_steps) and a
@@ -63,14 +61,10 @@ def one(count: int) -> dict[str, Any]:
     gradient = _programs.gradient(loss, params, tokens)
     products = {vectors: _programs.product(loss, params, tokens, vectors) for vectors in BLOCKS}
     found = {name: collectives(kernel) for name, kernel in kernels.items()}
-    update = {
-        basis: [
-            each
-            for name, times in _programs.calls(STEPS, DEFLATION, basis).items()
-            for each in found[name] * times
-        ]
-        for basis in ("device", "none")
-    }
+    update: dict[str, list] = {"device": [], "none": []}
+    for basis, steps in update.items():
+        for name, times in _programs.calls(STEPS, DEFLATION, basis).items():
+            steps += found[name] * times
     vector = memory(kernels["normalize"]).outputs / PROBES
     return {
         "devices": count,
@@ -125,7 +119,8 @@ def in_fresh_process(count: int) -> dict[str, Any]:
 def on_paper(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Larger models by the measured ratios, in GB per device, vectors in float32; activations are
     not counted."""
-    alone, most = measured[0], measured[-1]
+    alone = measured[0]
+    most = measured[-1]
     # Small leaves are on every device: bytes fall a little slower than the number of devices rises.
     surplus = most["bytes"]["vector"] * most["devices"] / alone["bytes"]["vector"]
     ring = (most["devices"] - 1) / most["devices"]
@@ -140,50 +135,50 @@ def on_paper(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for count in (8, 64, 512):
             vector = 4e-9 * weights / count * surplus
             need = {"device": vector * (1 + kept + basis), "none": vector * (1 + kept)}
-            rows.append(
-                {
-                    "model": model,
-                    "devices": count,
-                    "weights": vector,
-                    "vectors": vector * kept,
-                    "basis": vector * basis,
-                    "sent": {
-                        name: 4e-9 * weights * (count - 1) / count * unit
-                        for name, unit in units.items()
-                    },
-                    "fits": {
-                        name: {str(card): gb <= card for card in CARDS} for name, gb in need.items()
-                    },
-                }
-            )
+            around = 4e-9 * weights * (count - 1) / count
+            row = {
+                "model": model,
+                "devices": count,
+                "weights": vector,
+                "vectors": vector * kept,
+                "basis": vector * basis,
+                "sent": {name: around * unit for name, unit in units.items()},
+                "fits": {
+                    name: {str(card): gb <= card for card in CARDS} for name, gb in need.items()
+                },
+            }
+            rows.append(row)
     return rows
 
 
 def print_held(measured: list[dict[str, Any]]) -> None:
     print("GB per device:             weights  one vector  of a basis   temporaries of")
-    print(
-        f"{'devices':>9}{'':40}{'an update':>20}{'the gradient':>14}"
-        + "".join(f"{f'{k} H v':>9}" for k in BLOCKS)
-    )
+    head = [f"{'devices':>9}{'':40}", f"{'an update':>20}", f"{'the gradient':>14}"]
+    head += [f"{f'{k} H v':>9}" for k in BLOCKS]
+    print("".join(head))
+    kinds = ("weights", "vector", "basis vector")
     for each in measured:
-        held = each["bytes"]
-        columns = [held[name] for name in ("weights", "vector", "basis vector")]
-        temporaries = held["temporaries of a product"]
-        print(
-            f"{each['devices']:>9}{'':16}" + "".join(f"{1e-9 * value:>10.4f}" for value in columns)
-            + f"{1e-9 * held['temporaries of an update']:>14.4f}{1e-9 * held['temporaries of the gradient']:>14.2f}"
-            + "".join(f"{1e-9 * temporaries[str(k)]:>9.2f}" for k in BLOCKS)
-        )  # fmt: skip
+        held = {name: 1e-9 * size for name, size in _flat(each["bytes"]).items()}
+        cells = [f"{each['devices']:>9}{'':16}"]
+        cells += [f"{held[name]:>10.4f}" for name in kinds]
+        cells.append(f"{held['temporaries of an update']:>14.4f}")
+        cells.append(f"{held['temporaries of the gradient']:>14.2f}")
+        cells += [f"{held[f'temporaries of a product, {k}']:>9.2f}" for k in BLOCKS]
+        print("".join(cells))
     alone, eight = (next(each for each in measured if each["devices"] == count) for count in (1, 8))
-    ratios = {
-        name: alone["bytes"][name] / eight["bytes"][name]
-        for name in ("weights", "vector", "basis vector")
-    }
-    print(
-        "1 device over 8: "
-        + ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
-        + " (wanted: 7.5)"
-    )
+    ratios = [f"{name} {alone['bytes'][name] / eight['bytes'][name]:.3f}" for name in kinds]
+    print(f"1 device over 8: {', '.join(ratios)} (wanted: 7.5)")
+
+
+def _flat(sizes: dict[str, Any]) -> dict[str, float]:
+    """The bytes with one level of names."""
+    flat = {}
+    for name, size in sizes.items():
+        if isinstance(size, dict):
+            flat |= {f"{name}, {part}": each for part, each in size.items()}
+        else:
+            flat[name] = size
+    return flat
 
 
 def print_sent(measured: list[dict[str, Any]]) -> None:
@@ -191,30 +186,34 @@ def print_sent(measured: list[dict[str, Any]]) -> None:
         f"\nThe last Lanczos update of {PROBES} probes of {STEPS} steps, deflated by {DEFLATION}; "
         "with no basis:"
     )
-    print(
-        f"{'devices':>9}{'scalars':>10}{'per leaf':>10}{'largest':>9}{'kB sent':>9}{'scalars':>12}{'kB sent':>9} "
-        " kinds"
-    )
+    head = [f"{'devices':>9}", f"{'scalars':>10}", f"{'per leaf':>10}", f"{'largest':>9}"]
+    head += [f"{'kB sent':>9}", f"{'scalars':>12}", f"{'kB sent':>9}", "  kinds"]
+    print("".join(head))
     for each in measured[1:]:
-        update, bare = each["update"]["device"], each["update"]["none"]
-        print(
-            f"{each['devices']:>9}{update['scalars']:>10,}{update['scalars'] / each['sharded_leaves']:>10.0f}{update['largest']:>9,}{update['sent'] / 1e3:>9.1f}{bare['scalars']:>12,}{bare['sent'] / 1e3:>9.1f} "
-            f" {', '.join(update['kinds'])}"
-        )
+        update = each["update"]["device"]
+        bare = each["update"]["none"]
+        cells = [
+            f"{each['devices']:>9}",
+            f"{update['scalars']:>10,}",
+            f"{update['scalars'] / each['sharded_leaves']:>10.0f}",
+            f"{update['largest']:>9,}",
+            f"{update['sent'] / 1e3:>9.1f}",
+            f"{bare['scalars']:>12,}",
+            f"{bare['sent'] / 1e3:>9.1f}",
+            f"  {', '.join(update['kinds'])}",
+        ]
+        print("".join(cells))
     print("\nSent per device: the gradient in GB, products in gradients per vector (wanted: 2.1)")
-    heads = "".join(
-        f"{'gradient':>12}" + "".join(f"{f'{k} H v':>8}" for k in BLOCKS) for _ in range(2)
-    )
-    print(f"{'devices':>9}{heads}   the second time with reduce-scatters")
+    head = [f"{'gradient':>12}", *(f"{f'{k} H v':>8}" for k in BLOCKS)]
+    print(f"{'devices':>9}{''.join(2 * head)}   the second time with reduce-scatters")
     for each in measured[1:]:
-        columns = ""
+        cells = [f"{each['devices']:>9}"]
         for name in ("compiled", "scattered"):
             part = each["sent"][name]
+            cells.append(f"{1e-9 * part['gradient']:>12.2f}")
             ratios = [part["product"][str(k)] / k / part["gradient"] for k in BLOCKS]
-            columns += f"{1e-9 * part['gradient']:>12.2f}" + "".join(
-                f"{ratio:>8.2f}" for ratio in ratios
-            )
-        print(f"{each['devices']:>9}{columns}")
+            cells += [f"{ratio:>8.2f}" for ratio in ratios]
+        print("".join(cells))
 
 
 def print_paper(rows: list[dict[str, Any]]) -> None:
@@ -228,17 +227,27 @@ def print_paper(rows: list[dict[str, Any]]) -> None:
         "the basis. Does it"
     )
     print(f"fit devices of {cards} GB, with the basis and with none?")
-    print(
-        f"{'weights':>9}{'devices':>9}{'weights':>10}{'vectors':>10}{'basis':>10}{'fits':>12}{'no basis':>12}{'sent per H v':>16}{'with reduce-scatters':>22}"
-    )
+    head = [f"{'weights':>9}", f"{'devices':>9}", f"{'weights':>10}", f"{'vectors':>10}"]
+    head += [f"{'basis':>10}", f"{'fits':>12}", f"{'no basis':>12}", f"{'sent per H v':>16}"]
+    print("".join([*head, f"{'with reduce-scatters':>22}"]))
     for row in rows:
-        fits = [
-            "/".join("yes" if row["fits"][b][str(c)] else "no" for c in CARDS)
-            for b in ("device", "none")
+        cells = [
+            f"{row['model']:>9}",
+            f"{row['devices']:>9}",
+            f"{row['weights']:>10.2f}",
+            f"{row['vectors']:>10.1f}",
+            f"{row['basis']:>10.1f}",
+            f"{_yes_or_no(row['fits']['device']):>12}",
+            f"{_yes_or_no(row['fits']['none']):>12}",
+            f"{row['sent']['compiled']:>16.0f}",
+            f"{row['sent']['scattered']:>22.0f}",
         ]
-        print(
-            f"{row['model']:>9}{row['devices']:>9}{row['weights']:>10.2f}{row['vectors']:>10.1f}{row['basis']:>10.1f}{fits[0]:>12}{fits[1]:>12}{row['sent']['compiled']:>16.0f}{row['sent']['scattered']:>22.0f}"
-        )
+        print("".join(cells))
+
+
+def _yes_or_no(fits: dict[str, bool]) -> str:
+    """One answer for each of `CARDS`."""
+    return "/".join("yes" if fits[str(card)] else "no" for card in CARDS)
 
 
 def main() -> None:
@@ -255,10 +264,8 @@ def main() -> None:
         "probes": PROBES,
         "deflation": DEFLATION,
     }
-    print(
-        "saved in "
-        f"{save('sharding', {'settings': settings, 'measured': measured, 'paper': rows}).name}"
-    )
+    result = {"settings": settings, "measured": measured, "paper": rows}
+    print(f"saved in {save('sharding', result).name}")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ data?
 
 `hd.top_eigenspace` with blocks of one and of four vectors, against ARPACK (SciPy's eigsh), LOBPCG
 (JAX's lobpcg_standard) and power iteration with deflation. All are stopped at the same true
-residual: the largest of the ten
-||H q - lambda q|| is at most 1e-4 max|lambda|. A pass multiplies a block of vectors; on a GPU or two cores four vectors
-in one pass cost some 1.4 gradients each, instead of 2 (`benchmarks.hvp_cost`).
+residual: the largest of the ten ||H q - lambda q|| is at most 1e-4 max|lambda|. A pass multiplies a
+block of vectors; on a GPU or two cores four vectors in one pass cost some 1.4 gradients each,
+instead of 2 (`benchmarks.hvp_cost`).
 
 ARPACK looks at its residuals only when it restarts: it is run with many tolerances, and the
 cheapest that suffices counts. JAX's LOBPCG multiplies 4 k vectors an iteration in two passes; one
@@ -71,8 +71,10 @@ class Flat:
     """An operator on the columns of arrays (n, k), which counts."""
 
     def __init__(self, operator: Any) -> None:
-        self.operator, self.n = operator, trees.size(operator.like)
-        self.products = self.passes = 0
+        self.operator = operator
+        self.n = trees.size(operator.like)
+        self.products = 0
+        self.passes = 0
 
     def __call__(self, columns: np.ndarray) -> np.ndarray:
         self.products += columns.shape[1]
@@ -88,9 +90,14 @@ def worst(values: np.ndarray, vectors: np.ndarray, products: np.ndarray, norm: f
 
 def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: int) -> list[Point]:
     """What `hd.top_eigenspace` does, with a look at its residuals after each pass."""
-    basis_size, like = 3 * RANK + 4 * block_size, operator.like
-    settings = RANK, "LM", TOLERANCE, block_size, basis_size
-    engine = RestartedLanczos(like, jax.random.key(key), *settings)
+    settings = {
+        "rank": RANK,
+        "which": "LM",
+        "tolerance": TOLERANCE,
+        "block_size": block_size,
+        "basis_size": 3 * RANK + 4 * block_size,
+    }
+    engine = RestartedLanczos(operator.like, jax.random.key(key), **settings)
     engine.begin(None)
     points = []
     while not engine.complete and engine.num_matvecs + block_size <= cap:
@@ -107,10 +114,8 @@ def block_lanczos(operator: Any, key: int, norm: float, cap: int, block_size: in
 
 def arpack(operator: Any, key: int, norm: float, cap: int) -> list[Point]:
     """eigsh with its own ncv. Every tolerance sees the same products, which are made once."""
-    flat, start = (
-        Flat(operator),
-        np.random.default_rng(key).standard_normal(trees.size(operator.like)),
-    )
+    flat = Flat(operator)
+    start = np.random.default_rng(key).standard_normal(flat.n)
     cache: list[np.ndarray] = []
     points = []
     for tolerance in ARPACK_TOLERANCES:
@@ -192,11 +197,8 @@ def power_iteration(operator: Any, key: int, norm: float, cap: int) -> list[Poin
             value = float(vector @ product)
             outside = product - found @ (found.T @ product)
             residuals[-1] = float(np.linalg.norm(outside - value * vector)) / norm
-            points.append(
-                Point(
-                    flat.products, flat.passes, max(residuals) if len(residuals) == RANK else np.inf
-                )
-            )
+            largest = max(residuals) if len(residuals) == RANK else np.inf
+            points.append(Point(flat.products, flat.passes, largest))
             if residuals[-1] <= TOLERANCE:
                 break
             vector = product
@@ -220,9 +222,8 @@ def runs(
     for name, method in METHODS.items():
         cap = caps.get(name, 5000)
         slow = name.startswith(("LOBPCG", "power"))
-        histories = [
-            method(operator, key, norm, cap) for key in range((keys + 1) // 2 if slow else keys)
-        ]
+        count = (keys + 1) // 2 if slow else keys
+        histories = [method(operator, key, norm, cap) for key in range(count)]
         yield name, histories
         if name.startswith("LOBPCG"):
             yield "LOBPCG, keeping its products", [frugal(points) for points in histories]
@@ -266,10 +267,9 @@ def copies(eigenvalues: np.ndarray) -> dict[str, int]:
             hd.top_eigenspace(operator, jax.random.key(key), RANK, block_size=1, progress=False)
             for key in range(COPY_KEYS)
         ]
-        right = [
-            np.abs(space.values - doubled[:RANK]).max() < TOLERANCE * doubled[0] for space in spaces
-        ]
-        found[f"{eigenvalues[-position] / eigenvalues[-RANK]:.2g}"] = int(sum(right))
+        errors = [np.abs(space.values - doubled[:RANK]).max() for space in spaces]
+        right = sum(error < TOLERANCE * doubled[0] for error in errors)
+        found[f"{eigenvalues[-position] / eigenvalues[-RANK]:.2g}"] = int(right)
     return found
 
 
@@ -279,21 +279,19 @@ def draw(results: dict[str, dict[str, list[list[Point]]]]) -> plt.Figure:
     figure, axes = plt.subplots(
         len(results), 2, figsize=(12, 4.2 * len(results)), layout="constrained", squeeze=False
     )
+    labels = ("products with a vector", "passes over the data")
     for row, (problem, methods) in zip(axes, results.items(), strict=True):
-        for ax, count, label in zip(
-            row, (0, 1), ("products with a vector", "passes over the data"), strict=True
-        ):
+        for count, (ax, label) in enumerate(zip(row, labels, strict=True)):
             for (name, histories), color in zip(methods.items(), plt.cm.tab10.colors, strict=False):
                 points = [point for point in histories[0] if np.isfinite(point.residual)]
-                style = {"marker": "o", "markersize": 3} | (
-                    {"linestyle": ":"} if name == "ARPACK" else {}
-                )
                 ax.plot(
-                    [p[count] for p in points],
-                    [p.residual for p in points],
+                    [point[count] for point in points],
+                    [point.residual for point in points],
                     color=color,
                     label=name,
-                    **style,
+                    marker="o",
+                    markersize=3,
+                    linestyle=":" if name == "ARPACK" else "-",
                 )
             ax.axhline(TOLERANCE, color="0.6", linewidth=0.8)
             ax.set(
@@ -324,10 +322,8 @@ def main() -> None:
         for name, histories in runs(operator, norm, keys, caps):
             results[problem][name] = histories
             print(line(name, histories), flush=True)
-            path = save(
-                "top_eigenspace",
-                {"rank": RANK, "tolerance": TOLERANCE, "copies": found, "points": results},
-            )
+            settings = {"rank": RANK, "tolerance": TOLERANCE}
+            path = save("top_eigenspace", {**settings, "copies": found, "points": results})
             draw(results).savefig(path.with_suffix(".png"), dpi=120)
             plt.close()
 

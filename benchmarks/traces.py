@@ -74,23 +74,21 @@ def columns(operator: hd.Matrix, vectors: np.ndarray) -> np.ndarray:
     return np.asarray(operator @ jnp.asarray(vectors.T)).T
 
 
+def gaussian(operator: hd.Matrix, seed: int, count: int) -> np.ndarray:
+    """Random columns."""
+    normals = np.random.default_rng(seed).standard_normal((*operator.like.shape, count))
+    return normals.astype(np.float32)
+
+
 def girard(operator: hd.Matrix, seed: int, products: int, exact: float) -> Answer:
-    vectors = (
-        np.random.default_rng(seed)
-        .standard_normal((*operator.like.shape, products))
-        .astype(np.float32)
-    )
+    vectors = gaussian(operator, seed, products)
     vectors *= np.sqrt(len(vectors)) / np.linalg.norm(vectors, axis=0)
     return float(np.sum(vectors * columns(operator, vectors), dtype=float) / products), None
 
 
 def hutch_plus_plus(operator: hd.Matrix, seed: int, products: int, exact: float) -> Answer:
     count = products // 3
-    vectors = (
-        np.random.default_rng(seed)
-        .standard_normal((*operator.like.shape, 2 * count))
-        .astype(np.float32)
-    )
+    vectors = gaussian(operator, seed, 2 * count)
     basis = np.linalg.qr(columns(operator, vectors[:, :count]))[0]
     tests = vectors[:, count:] - basis @ (basis.T @ vectors[:, count:])
     inside = np.sum(basis * columns(operator, basis), dtype=float)
@@ -171,11 +169,8 @@ def main() -> None:
             cells = [cell(run, operator, products, exact) for products in PRODUCTS]
             result[name][method] = cells
             held = ["" if c["held"] is None else f" ({c['held']})" for c in cells]
-            print(
-                f"{method:>18}"
-                + "".join(f"{c['rms']:>9.1e}{h:>5}" for c, h in zip(cells, held, strict=True)),
-                flush=True,
-            )
+            shown = [f"{c['rms']:>9.1e}{h:>5}" for c, h in zip(cells, held, strict=True)]
+            print(f"{method:>18}{''.join(shown)}", flush=True)
     path = save("traces", result)
     draw(result).savefig(path.with_suffix(".png"), dpi=120)
     print(f"\nsaved in {path.name}, drawn in {path.with_suffix('.png').name}")

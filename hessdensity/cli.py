@@ -9,7 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
+from hessdensity.errors import needs_extra
+
+try:
+    with needs_extra("cli", "the command line"):
+        import click
+except ModuleNotFoundError as missing:
+    raise SystemExit(str(missing)) from None
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})

@@ -13,6 +13,7 @@ import numpy as np
 
 from hessdensity import adapters, losses
 from hessdensity.data.batches import batches
+from hessdensity.errors import needs_extra
 from hessdensity.spectra.density import SpectralDensity
 from hessdensity.spectra.distance import distance
 
@@ -32,7 +33,9 @@ def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, lis
       ModuleNotFoundError: scikit-learn, which contains the digits, is not installed.
     """
     import optax
-    from flax import nnx
+
+    with needs_extra("demo", "the demonstration"):
+        from flax import nnx
 
     images, labels = _digits()
     keys = nnx.Rngs(0)
@@ -56,13 +59,8 @@ def problem(training_steps: int = TRAINING_STEPS) -> tuple[losses.Loss, Any, lis
 
 
 def _digits() -> tuple[jax.Array, jax.Array]:
-    try:
+    with needs_extra("demo", "the demonstration"):
         from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the digits of the demonstration are part of scikit-learn, which is not installed; "
-            "install it with: pip install 'hessdensity[demo]'"
-        ) from error
     digits = load_digits()
     return jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target, jnp.int32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -35,6 +37,19 @@ class RunTerminated(SystemExit):  # not ...Error: it ends the program, as System
 
     def __str__(self) -> str:
         return self.reason
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Inside, a package that is not installed is answered with the ``pip install`` line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{purpose} needs the package {error.name!r}, which is not installed. Install it with: "
+            f"pip install 'hessdensity[{extra}]'",
+            name=error.name,
+        ) from error
 
 
 NOT_FINITE = "the operator's product is not finite. Look for overflow, or for log(0) and 0/0."

@@ -63,7 +63,7 @@ class Processes:
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
+            "PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, HERE, HERE / "runs"])),
             "PYTHONUNBUFFERED": "1",
         }
         self._running = []

@@ -258,7 +258,7 @@ def test_the_package_keeps_the_rule(rule):
         (side_effects, "runs/end.py", "import os\nos._exit(1)", "uses os._exit"),
         (side_effects, "runs/file.py", "open('x')", "opens files"),
         (too_long, "vectors/long.py", "x = 1\n" * 401, "has 401 lines"),
-        (too_long, "vectors/wide.py", f"x = '{'a' * 96}'", "has 101 columns"),
+        (too_long, "vectors/wide.py", f"x = '{'a' * 95}'", "has 101 columns"),
         (too_long, "vectors/long.py", "def f():\n" + "    x = 1\n" * 61, "f has 62 code lines"),
         (hidden, "vectors/__init__.py", "from .trees import size as trees", "hides trees"),
         (hidden, "__init__.py", "from .text import table as spectra", "hides spectra"),

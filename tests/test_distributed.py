@@ -105,7 +105,9 @@ def test_sharded_parameters_keep_their_shards_in_every_vector(key):
     hessian = hd.Hessian(loss, jax.device_put(w, rows), [jax.device_put(x, everywhere)])
     state = lanczos.init(random_block(key, 0, 2, hessian.like), 10)
     for state in lanczos.iterate(hessian, state):
-        shards = {shard.data.size for chunk in state.basis for shard in chunk.addressable_shards}
+        shards = {
+            shard.data.size for chunk in state.basis.chunks for shard in chunk.addressable_shards
+        }
         assert shards == {2 * lanczos.CHUNK * 1024}
         assert {shard.data.shape for shard in state.vectors.addressable_shards} == {(2, 1024)}
 
@@ -124,7 +126,7 @@ def test_outliers_keep_the_shards_of_the_parameters(key):
         }
 
 
-# The room `distributed` ----------------------------------------------------------------------------------------------
+# The room `distributed` ---------------------------------------------------------------------------
 
 
 def test_a_mesh_has_the_axis_model_only_where_it_is_longer_than_one():

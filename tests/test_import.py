@@ -35,10 +35,12 @@ def test_the_import_does_not_load(package, loaded):
 def test_the_import_initializes_no_backend(module):
     # Whoever imports before jax.distributed.initialize, or before choosing a platform, must still
     # be free to do so.
-    code = f"import {module}; from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    ask = "from jax._src import xla_bridge; print(xla_bridge.backends_are_initialized())"
+    code = f"import {module}; {ask}"
     assert run(code) == ["False"]
 
 
 def test_the_import_leaves_jax_as_it_was():
-    code = "import jax; before = dict(jax.config.values); import hessdensity; print(before == jax.config.values)"
+    before = "import jax; before = dict(jax.config.values)"
+    code = f"{before}; import hessdensity; print(before == jax.config.values)"
     assert run(code) == ["True"]

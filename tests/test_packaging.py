@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
@@ -179,3 +180,28 @@ def test_the_citation_and_the_metadata_name_the_same_authors_license_and_address
     assert re.findall(r"^  - name: (.+)$", CITATION, re.MULTILINE) == authors
     assert f"\nlicense: {project['license']}\n" in CITATION
     assert f"\nrepository-code: {project['urls']['Repository']}\n" in CITATION
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "code"),
+    [
+        (
+            "orbax",
+            "checkpoint",
+            "hd.trace(hd.Matrix(np.eye(3)), jax.random.key(0), 4, checkpoint='run')",
+        ),
+        ("matplotlib", "plot", "import hessdensity.plots"),
+        ("flax", "flax", "from hessdensity.adapters import from_nnx; from_nnx(None, None)"),
+        ("flax", "demo", "from hessdensity.demo import problem; problem()"),
+        ("sklearn", "demo", "from hessdensity.demo import problem; problem()"),
+        ("click", "cli", "import hessdensity.cli"),
+    ],
+)
+def test_a_missing_package_is_answered_with_the_pip_install_line(package, extra, code):
+    start = "import sys, jax, numpy as np, hessdensity as hd"
+    program = f"{start}\nsys.modules[{package!r}] = None\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"pip install 'hessdensity[{extra}]'" in last, done.stderr
+    assert ("Traceback" in done.stderr) == (package != "click")

@@ -1,1 +1,1 @@
-"""Networks and data for the benchmarks and notebooks; nothing here knows the package they measure."""
+"""Networks and data for the benchmarks and notebooks. Nothing here knows the measured package."""

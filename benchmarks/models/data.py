@@ -44,9 +44,8 @@ def downsample(images: np.ndarray, size: int) -> np.ndarray:
     count, side, *_, channels = images.shape
     if side % size:
         raise ValueError(f"size={size} does not divide the images' {side} pixels")
-    return images.reshape(count, size, side // size, size, side // size, channels).mean(
-        (2, 4), np.float32
-    )
+    squares = images.reshape(count, size, side // size, size, side // size, channels)
+    return squares.mean((2, 4), np.float32)
 
 
 def mnist(split: str) -> tuple[np.ndarray, np.ndarray]:

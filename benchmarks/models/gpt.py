@@ -50,11 +50,9 @@ class GPT(nn.Module):
         positions = nn.Embed(self.max_length, self.width, name="positions")(jnp.arange(length))
         x = nn.Embed(self.vocab_size, self.width, name="tokens")(tokens) + positions
         for index in range(self.depth):
-            x += Attention(self.num_heads, name=f"attention_{index}")(
-                nn.LayerNorm(name=f"norm_a_{index}")(x)
-            )
-            hidden = nn.Dense(4 * self.width, name=f"expand_{index}")(
-                nn.LayerNorm(name=f"norm_b_{index}")(x)
-            )
+            normal = nn.LayerNorm(name=f"norm_a_{index}")(x)
+            x += Attention(self.num_heads, name=f"attention_{index}")(normal)
+            normal = nn.LayerNorm(name=f"norm_b_{index}")(x)
+            hidden = nn.Dense(4 * self.width, name=f"expand_{index}")(normal)
             x += nn.Dense(self.width, name=f"contract_{index}")(nn.gelu(hidden))
         return nn.Dense(self.vocab_size, use_bias=False, name="head")(nn.LayerNorm(name="norm")(x))

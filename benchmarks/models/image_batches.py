@@ -53,9 +53,8 @@ class ImageBatches:
     def __iter__(self) -> Iterator[Batch]:
         # A copy, made in a thread of Grain's: it is that which reads a mapped file from the disk.
         batches = grain.MapDataset.range(len(self)).map(self._copy)
-        return iter(
-            batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-        )
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+        return iter(batches.to_iter_dataset(options))
 
     def _copy(self, index: int) -> Batch:
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
@@ -207,10 +206,9 @@ class _Share(NamedTuple):
         # Grain's threads look that many images ahead; it hands them on in order.
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
         unreadable = []
-        decoded = tqdm(
-            positions.map(self._example).to_iter_dataset(options),
-            desc="decoding", total=self.rows, unit="image", disable=not progress,
-        )  # fmt: skip
+        examples = positions.map(self._example).to_iter_dataset(options)
+        bar = {"desc": "decoding", "total": self.rows, "unit": "image", "disable": not progress}
+        decoded = tqdm(examples, **bar)
         for row, (image, label, reason) in enumerate(decoded):
             if reason and not skip_unreadable:
                 _refuse(reason)

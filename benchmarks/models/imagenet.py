@@ -17,11 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-SUFFIXES = (
-    ".jpeg",
-    ".jpg",
-    ".png",
-)  # ImageNet's own .JPEG in lower case, and what else is found in such folders
+# ImageNet's own .JPEG in lower case, and what else is found in such folders.
+SUFFIXES = (".jpeg", ".jpg", ".png")
 
 
 class Record(NamedTuple):
@@ -100,9 +97,8 @@ class Parquet:
 
         self._files = [parquet.ParquetFile(path) for path in shards]
         self._shards = list(shards)
-        self._groups: list[
-            tuple[int, int, int]
-        ] = []  # shard, row group, its first row in the shard
+        # (shard, row group, its first row in the shard)
+        self._groups: list[tuple[int, int, int]] = []
         lengths: list[int] = []
         for shard, file in enumerate(self._files):
             names = file.schema_arrow.names
@@ -111,15 +107,10 @@ class Parquet:
                     f"{shards[shard]}: columns {names}; expected `image` {{bytes, path}} and "
                     "`label`"
                 )
-            sizes = [
-                file.metadata.row_group(group).num_rows
-                for group in range(file.metadata.num_row_groups)
-            ]
+            groups = range(file.metadata.num_row_groups)
+            sizes = [file.metadata.row_group(group).num_rows for group in groups]
             firsts = accumulate(sizes, initial=0)
-            self._groups += [
-                (shard, group, first)
-                for group, (first, _) in enumerate(zip(firsts, sizes, strict=False))
-            ]
+            self._groups += [(shard, group, next(firsts)) for group in groups]
             lengths += sizes
         self._ends = list(accumulate(lengths))
         self._tables: OrderedDict[int, Any] = OrderedDict()
@@ -168,9 +159,8 @@ def open_source(path: str | os.PathLike) -> Source:
         shards = sorted(path.parent.glob(path.name))
     else:
         shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-        splits = sorted(
-            {shard.name.split("-")[0] for shard in shards} & {"train", "validation", "val", "test"}
-        )
+        beginnings = {shard.name.split("-")[0] for shard in shards}
+        splits = sorted(beginnings & {"train", "validation", "val", "test"})
         if len(splits) > 1:
             raise ValueError(
                 f"{path} holds the splits {', '.join(splits)}; name one, as "

@@ -42,13 +42,8 @@ class Block(nn.Module):
             ]
         y = x
         for number, (kernel, stride, channels) in enumerate(plan, start=1):
-            y = conv(
-                channels,
-                (kernel, kernel),
-                strides=stride,
-                padding=kernel // 2,
-                name=f"conv{number}",
-            )(y)
+            square = partial(conv, channels, (kernel, kernel), padding=kernel // 2)
+            y = square(strides=stride, name=f"conv{number}")(y)
             if number < len(plan):
                 y = nn.relu(norm(name=f"bn{number}")(y))
         y = norm(scale_init=nn.initializers.zeros, name=f"bn{len(plan)}")(y)

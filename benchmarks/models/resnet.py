@@ -78,9 +78,8 @@ class ResNet(nn.Module):
                 f"depth={self.depth}: a CIFAR ResNet has 6 n + 2 layers (8, 14, 20, 26, 32, ...)"
             )
         blocks = (self.depth - 2) // 6
-        x = convolution(
-            self.width, use_bias=not self.normalize, kernel_init=_he(1.0), name="conv1"
-        )(x)
+        first = partial(convolution, self.width, use_bias=not self.normalize)
+        x = first(kernel_init=_he(1.0), name="conv1")(x)
         x = nn.relu(_norm(self.normalize, use_running_average)(name="bn1")(x))
         branch_variance = 1 / (3 * blocks) if self.shortcuts and not self.normalize else 1.0
         for stage in (1, 2, 3):

@@ -76,19 +76,16 @@ def train(
     per_epoch = len(inputs) // batch_size
     order: Any = None
     for step in range(num_steps + 1):
-        refresh = population and (
-            step % refresh_every == 0 or step in checkpoints or step == num_steps
-        )
-        if refresh:
+        at_checkpoint = step in checkpoints or step == num_steps
+        if population and (step % refresh_every == 0 or at_checkpoint):
             variables = population_statistics(model, variables, inputs)
-        if step in checkpoints or step == num_steps:
+        if at_checkpoint:
             yield Checkpoint(step, variables)
         if step == num_steps:
             return
         if step % per_epoch == 0:
-            order = np.asarray(
-                jax.random.permutation(jax.random.fold_in(order_key, step), len(inputs))
-            )
+            epoch_key = jax.random.fold_in(order_key, step)
+            order = np.asarray(jax.random.permutation(epoch_key, len(inputs)))
         chosen = order[step % per_epoch * batch_size :][:batch_size]
         batch = inputs[chosen], labels[chosen]
         variables, state = update(variables, state, batch, jax.random.fold_in(augment_key, step))
@@ -110,19 +107,15 @@ def _update(
         inputs = augment(key, inputs)
 
     def loss(params: Any) -> tuple[jax.Array, Variables]:
-        logits, written = _forward(
-            model, {**variables, "params": params}, inputs, train=not population
-        )
+        current = {**variables, "params": params}
+        logits, written = _forward(model, current, inputs, train=not population)
         error = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return error + weight_decay * half_squared_kernels(params), written
 
     gradient, written = jax.grad(loss, has_aux=True)(variables["params"])
     updates, state = optimizer.update(gradient, state, variables["params"])
-    return {
-        **variables,
-        **written,
-        "params": optax.apply_updates(variables["params"], updates),
-    }, state
+    params = optax.apply_updates(variables["params"], updates)
+    return {**variables, **written, "params": params}, state
 
 
 def _forward(
@@ -165,18 +158,16 @@ def accuracy(
     """Share of the examples classified right, by the stored statistics where there are any."""
     inputs, labels = arrays
     batches = [slice(start, start + batch_size) for start in range(0, len(inputs), batch_size)]
-    return sum(
-        int(_num_right(model, variables, inputs[rows], labels[rows])) for rows in batches
-    ) / len(inputs)
+    right = [int(_num_right(model, variables, inputs[rows], labels[rows])) for rows in batches]
+    return sum(right) / len(inputs)
 
 
 @partial(jax.jit, static_argnames="model")
 def _num_right(
     model: nn.Module, variables: Variables, inputs: jax.Array, labels: jax.Array
 ) -> jax.Array:
-    return jnp.sum(
-        jnp.argmax(_forward(model, variables, inputs, train=False)[0], axis=-1) == labels
-    )
+    logits, _ = _forward(model, variables, inputs, train=False)
+    return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
+from hessdensity.errors import needs_extra
 from hessdensity.losses.total import Loss
 from hessdensity.vectors.trees import PyTree
 
@@ -42,7 +43,8 @@ def from_nnx(
       >>> loss(params, (jax.numpy.ones((4, 3)), jax.numpy.ones((4, 2)))).shape
       ()
     """
-    from flax import nnx
+    with needs_extra("flax", "from_nnx"):
+        from flax import nnx
 
     if not isinstance(model, nnx.Module):
         raise TypeError(

@@ -124,7 +124,8 @@ def from_range(
         images: np.ndarray,
     ) -> np.ndarray:
         along = _ratio((space.dual * tests).sum(0), (space.dual**2).sum(0))
-        inside, image = tests - space.dual * along, images - space.image * along
+        inside = tests - space.dual * along
+        image = images - space.image * along
         outside = forms - 2 * (inside * products).sum(0) + (inside * image).sum(0)
         return space.traces() + space.left * outside / (1 - (inside**2).sum(0))
 

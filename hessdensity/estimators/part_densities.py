@@ -38,7 +38,7 @@ class PartDensities:
     counts: np.ndarray
     """(J,) float64: the number of examples in each part."""
     num_matvecs: int
-    """The number of products that were spent. Each counts as many examples as the whole data."""
+    """The number of products that were spent. Each takes as many examples as the whole data."""
     description: dict[str, Any]
     """The operator's own description, and the settings."""
 
@@ -59,8 +59,8 @@ class PartDensities:
         J - 1 degrees of freedom.
 
         All parts have the same probes, so that the common part of the probes' noise cancels. The
-        other part of the noise remains: the deviation of a part of the data has many directions,
-        and each probe sees it in its own directions only. With k probes this adds V / k to the
+        other part of the noise remains: the Hessian of a part deviates in many directions, and each
+        probe sees this deviation in its own directions only. With k probes this adds V / k to the
         variance. The spread of single-probe estimates has V itself, so that the difference between
         both spreads gives V. The standard error excludes V, and is 0 where V hides it. The interval
         includes V, to be on the safe side. With a single probe, both include it. The largest
@@ -127,7 +127,8 @@ class PartDensities:
         return mean, np.tensordot(weights, (values - mean) ** 2, axes=1) / (len(weights) - 1)
 
     def _same_probes(self, whole: SpectralDensity) -> bool:
-        ours, theirs = self.description, whole.description
+        ours = self.description
+        theirs = whole.description
         same = all(ours[name] == theirs.get(name) for name in ("key", "num_steps", "num_probes"))
         return same and theirs.get("deflation_steps") == 0
 
@@ -138,7 +139,8 @@ class PartDensities:
             "trace": lambda density: density.trace(),
             "Frobenius norm": lambda density: density.frobenius_norm(),
         }
-        low, high = self.counts.min(), self.counts.max()
+        low = self.counts.min()
+        high = self.counts.max()
         examples = f"{low:,g}" if low == high else f"{low:,g} to {high:,g}"
         rows: list[tuple[str, ...]] = [("", "mean ± data error", "parts from", "to")]
         for name, functional in functionals.items():
@@ -266,7 +268,8 @@ class _Parts(Wrapper):
                 "leaves."
             )
         super().__init__(hessian)
-        self._hessian, self._num_parts = hessian, num_parts
+        self._hessian = hessian
+        self._num_parts = num_parts
         self._counts: list[Count] = []
 
     def __matmul__(self, block: Block) -> Block:

@@ -50,13 +50,13 @@ def spectral_density(
       num_steps: Lanczos steps m of each probe. They determine the resolution: m nodes, exact for
         moments up to 2m - 1. Clipped to the number of dimensions that deflation leaves.
       num_probes: probes k. They determine the precision: error bars shrink as 1/sqrt(k n).
-      deflation_steps: Lanczos steps m0 of the deflation run, clipped to n; 0 for no deflation. The
-        run counts as one more probe.
-      tolerance: largest acceptable error: the estimated W1 distance to the true spectrum, divided
-        by the range of the nodes (`hessdensity.spectra.accuracy`). The run starts with num_steps
-        and num_probes, and adds steps or probes, whichever reduce the larger error, until the
-        tolerance is met. ``description`` records the error that was reached ("error") and how the
-        products were spent ("spent": the steps of the deflation, and a pair (probes, steps) for
+      deflation_steps: Lanczos steps m0 of the deflation run, clipped to n, or 0 for no deflation.
+        The run counts as one more probe.
+      tolerance: largest acceptable error, which is the estimated W1 distance to the true spectrum,
+        divided by the range of the nodes (`hessdensity.spectra.accuracy`). The run starts with
+        num_steps and num_probes, and adds steps or probes, whichever reduce the larger error, until
+        the tolerance is met. ``description`` records the error that was reached ("error") and how
+        the products were spent ("spent": the steps of the deflation, and a pair (probes, steps) for
         each group of probes). All bases are kept while others are added, which takes more memory
         than planned.
       max_matvecs: number of products at which a run with a tolerance stops and reports it. The
@@ -100,7 +100,7 @@ def spectral_density(
 
     The defaults, which cost 180 products, come from the benchmark ``benchmarks/deflation.py``.
 
-    Cost: m0 + k m products. They take m0 + m passes over the data if all probes go together.
+    Cost: m0 + k m products. They take m0 + m passes over the data if all probes share the passes.
     Memory: m0 + k (m + 4) vectors, or 4 k with basis="none".
 
     Example:

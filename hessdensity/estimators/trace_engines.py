@@ -23,6 +23,7 @@ from hessdensity.vectors.trees import Block, Vector
 
 from . import exchangeable
 
+_ROUNDING = 32  # rounding units, relative to the norm, that an estimate may be off by
 _SHIFT = 4  # rounding units by which a positive semi-definite operator is shifted
 _REPLACEMENTS = 2**31  # the number of the first random vector that replaces a missing direction
 
@@ -268,7 +269,7 @@ def refuse_asymmetric(square: np.ndarray) -> float:
 def _with_rounding(
     found: exchangeable.Exchangeable, epsilon: float, count: int
 ) -> tuple[float, float, float]:
-    rounding = 8 * epsilon * found.size
+    rounding = _ROUNDING * epsilon * found.size
     return found.value, float(np.hypot(found.standard_error, rounding)), count - 1
 
 

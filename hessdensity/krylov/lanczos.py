@@ -206,7 +206,7 @@ def _norm_of(state: LanczosState, alpha: np.ndarray) -> np.ndarray:
     rows = np.abs(np.concatenate([state.diagonal, alpha[:, None]], axis=1))
     rows[:, :-1] += state.off_diagonal
     rows[:, 1:] += state.off_diagonal
-    return np.maximum(rows.max(axis=1), state.operator_norm)
+    return np.maximum(rows.max(axis=1), float(state.operator_norm))
 
 
 def _refuse_asymmetric(step: int, removed: np.ndarray, norm: np.ndarray) -> None:

@@ -90,7 +90,7 @@ class RestartedLanczos:
     def begin(self, start: Block | None) -> None:
         """Make the first block, at random or from random combinations of ``start``.
 
-        With ``start``, one of several vectors remains random.
+        With ``start``, one vector of the block is random, unless the block has only one.
         """
         if start is None:
             self._z.add_random(self._block_size)

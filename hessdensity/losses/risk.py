@@ -17,7 +17,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,23 @@ from hessdensity.data.passes import BatchReport, Count, Passes, total_count
 from hessdensity.data.placement import BatchPlacement
 from hessdensity.vectors import trees
 from hessdensity.vectors.fingerprint import fingerprint
-from hessdensity.vectors.selection import Where, select
+from hessdensity.vectors.selection import Where, as_vector, select
 from hessdensity.vectors.trees import PyTree, Vector
 
-from .total import Loss, Total, batch_total, check_loss, is_whole
+from .kernels import (
+    FORWARD_OVER_REVERSE,
+    REVERSE_OVER_REVERSE,
+    Kernel,
+    add_batch,
+    divide,
+    gradient_kernel,
+    refuses_forward,
+)
+from .total import Loss, as_partial, check_loss, is_whole
 
 logger = logging.getLogger("hessdensity")
 
-Kernel: TypeAlias = Callable[..., tuple[Total, PyTree]]
 T = TypeVar("T")
-
-FORWARD_OVER_REVERSE = "forward-over-reverse"
-REVERSE_OVER_REVERSE = "reverse-over-reverse"
 
 
 class EmpiricalRisk:
@@ -77,17 +82,17 @@ class EmpiricalRisk:
         data_axis: str | None = "data",
         microbatch: int | None = None,
     ) -> None:
-        _check_precision(precision)
+        trees.check_precision(precision)
         params = trees.auto_axes(params)
         if not isinstance(data, Passes):
             placement = BatchPlacement(params, data_axis, microbatch, is_whole(loss))
             data = Passes(data, placement)
         self._selection = select(params, where)
         selected, self._held = self._selection.split(params)
-        self.params = jax.tree.map(_differentiable, trees.named(selected), selected)
+        self.params = as_vector(selected)
         # A pytree whose static part compares equal for equal models. The held leaves and statistics
         # are arguments of the compiled programs, so that a new checkpoint needs no compilation.
-        self.loss = jax.tree_util.Partial(self._selection, _as_partial(loss), self._held)
+        self.loss = jax.tree_util.Partial(self._selection, as_partial(loss), self._held)
         self.like = trees.abstract(self.params)
         """Shapes, dtypes and shardings of one vector of parameters."""
         self.precision = precision
@@ -393,76 +398,3 @@ class EmpiricalRisk:
                 "would not be the same examples twice. Pass shuffle=False to the loader, or give "
                 "a list of the batches."
             )
-
-
-@partial(jax.jit, static_argnames="kernel", donate_argnames="total")
-def add_batch(
-    kernel: Kernel,
-    loss: Loss,
-    params: Vector,
-    batch: PyTree,
-    arguments: tuple[PyTree, ...],
-    total: PyTree,
-) -> tuple[PyTree, BatchReport]:
-    """The compiled program: the total plus a kernel's sums over one batch, and a report on it."""
-    (batch_sum, count), sums = kernel(loss, params, batch, *arguments)
-    report = BatchReport(batch_sum, count, trees.all_finite(sums))
-    return (sums if total is None else trees.add(total, sums)), report
-
-
-def gradient_kernel(loss: Loss, params: Vector, batch: PyTree) -> tuple[Total, Vector]:
-    """The kernel that computes the gradient of the sum of a batch's losses."""
-
-    def value(params: Vector) -> tuple[jax.Array, Total]:
-        total = batch_total(loss, params, batch)
-        return total.sum, total
-
-    (_, total), gradient = jax.value_and_grad(value, has_aux=True)(params)
-    return total, gradient
-
-
-def divide(tree: PyTree, count: Count) -> PyTree:
-    """A mean from a sum over ``count`` examples."""
-    return jax.tree.map(lambda leaf: leaf / jnp.asarray(count, leaf.dtype), tree)
-
-
-def refuses_forward(error: TypeError) -> bool:
-    """Whether an error is JAX's own refusal of forward mode through a custom_vjp."""
-    return "forward-mode" in str(error) and "custom_vjp" in str(error)
-
-
-def _as_partial(loss: Loss) -> jax.tree_util.Partial:
-    if not callable(loss):
-        raise TypeError(
-            f"loss is a {type(loss).__name__}; expected a function loss(params, batch)."
-        )
-    if isinstance(loss, jax.tree_util.Partial):
-        return loss
-    try:
-        hash(loss)
-    except TypeError:
-        raise TypeError(
-            f"loss is a {type(loss).__name__} that cannot be hashed, but compilation needs its "
-            "hash; wrap it in a function, def loss(params, batch): ..."
-        ) from None
-    return jax.tree_util.Partial(loss)
-
-
-def _check_precision(precision: str | None) -> None:
-    try:
-        with jax.default_matmul_precision(precision):
-            pass
-    except Exception as error:
-        raise ValueError(
-            f"precision={precision!r} is unknown; expected 'highest', 'high', 'default' or None."
-        ) from error
-
-
-def _differentiable(name: str, leaf: Any) -> jax.Array:
-    array = jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"params leaf {name!r} is {array.dtype}; a derivative needs real floating-point "
-            f"leaves. Hold it fixed: where=lambda path: path != {name!r}."
-        )
-    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array

@@ -98,3 +98,21 @@ def is_whole(loss: Any) -> bool:
     while isinstance(loss, partial) and not hasattr(loss, "whole_batch"):
         loss = loss.func
     return bool(getattr(loss, "whole_batch", False))
+
+
+def as_partial(loss: Loss) -> jax.tree_util.Partial:
+    """The loss as a pytree. Its function is static, and must be hashable."""
+    if not callable(loss):
+        raise TypeError(
+            f"loss is a {type(loss).__name__}; expected a function loss(params, batch)."
+        )
+    if isinstance(loss, jax.tree_util.Partial):
+        return loss
+    try:
+        hash(loss)
+    except TypeError:
+        raise TypeError(
+            f"loss is a {type(loss).__name__} that cannot be hashed, but compilation needs its "
+            "hash; wrap it in a function, def loss(params, batch): ..."
+        ) from None
+    return jax.tree_util.Partial(loss)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from hessdensity.losses.risk import (
+from hessdensity.losses.kernels import (
     FORWARD_OVER_REVERSE,
     REVERSE_OVER_REVERSE,
     Kernel,

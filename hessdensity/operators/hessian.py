@@ -10,12 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessdensity.data.passes import Count
-from hessdensity.losses.risk import (
-    REVERSE_OVER_REVERSE,
-    EmpiricalRisk,
-    divide,
-    refuses_forward,
-)
+from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, divide, refuses_forward
+from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss
 from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where

@@ -1,5 +1,10 @@
 """Draw results on a matplotlib ``Axes``. Only this wing imports matplotlib."""
 
+from hessdensity.errors import needs_extra
+
+with needs_extra("plot", "drawing"):
+    import matplotlib as _matplotlib  # noqa: F401
+
 from .axes import formats as formats
 from .density import plot_cumulative as plot_cumulative
 from .density import plot_density as plot_density

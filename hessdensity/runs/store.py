@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 
+from hessdensity.errors import needs_extra
 from hessdensity.vectors.trees import Block
 
-_VECTORS, _SCALARS = "vectors", "scalars"
+_VECTORS = "vectors"
+_SCALARS = "scalars"
 _PREFIX = "step"
 
 
@@ -37,8 +39,9 @@ class StepStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        import orbax.checkpoint as ocp
-        from etils import epath
+        with needs_extra("checkpoint", "checkpoint="):
+            import orbax.checkpoint as ocp
+            from etils import epath
 
         folder = epath.Path(path if "://" in str(path) else Path(path).absolute())
         _refuse_other(folder, path)

@@ -22,6 +22,8 @@ mean of |lambda_i(A) - lambda_i(T + C)| over sorted eigenvalues. This mean is at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .quadrature import Rule, Tridiagonal, gauss_rule
@@ -43,7 +45,7 @@ def combine(
     All m0 Ritz values of the run enter the rules of the probes, each with weight exactly 1/n. The
     Gauss rule of the probe has the remaining weight (n - m0)/n. The run is a probe too, because v0
     was random. Its own quadrature is therefore one more rule, in which the isolated eigenvalues
-    that it found are reset to weight 1/n (`isolate`).
+    that it found are reset to weight 1/n (`pin_isolated`).
 
     Args:
       run: the matrix of the deflation run, or None.
@@ -53,7 +55,7 @@ def combine(
         eigenvalues have weight 1/n.
     """
     if implicit:
-        return tuple(isolate(merge_ghosts(probe), dimension) for probe in probes)
+        return tuple(pin_isolated(merge_ghosts(probe), dimension) for probe in probes)
     if run is None:
         return tuple(map(gauss_rule, probes))
     own = gauss_rule(run)
@@ -75,7 +77,7 @@ def combine(
         )
         for part in parts
     ]
-    return (isolate(own, dimension, parts), *rules)
+    return (pin_isolated(own, dimension, parts), *rules)
 
 
 def merge_ghosts(probe: Tridiagonal) -> Rule:
@@ -90,14 +92,16 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
     """
     rule = gauss_rule(probe)
     seen = rule.weights > _WEIGHTLESS
-    nodes, weights, residuals = rule.nodes[seen], rule.weights[seen], rule.residuals[seen]
+    nodes = rule.nodes[seen]
+    weights = rule.weights[seen]
+    residuals = rule.residuals[seen]
     first = np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.rounding_error)
     mass = np.add.reduceat(weights, first)
     center = np.add.reduceat(weights * nodes, first) / mass
     return Rule(center, mass / mass.sum(), 0, np.minimum.reduceat(residuals, first))
 
 
-def isolate(rule: Rule, dimension: int, elsewhere: list[Rule] = ()) -> Rule:  # type: ignore[assignment]
+def pin_isolated(rule: Rule, dimension: int, elsewhere: Sequence[Rule] = ()) -> Rule:
     """The rule of a probe with weight 1/n for every isolated eigenvalue that the probe found.
 
     This is implicit deflation, which takes the noise out of these weights. A node whose residual is
@@ -120,7 +124,7 @@ def isolate(rule: Rule, dimension: int, elsewhere: list[Rule] = ()) -> Rule:  # 
     gaps = np.diff(rule.nodes)
     distance[1:] = gaps
     distance[:-1] = np.minimum(distance[:-1], gaps)
-    # A chi-square variable with one degree of freedom is above 20 once in 100,000 times.
+    # A chi-square variable with one degree of freedom exceeds 20 once in 100,000 cases.
     single = (rule.residuals <= _ISOLATED * distance) & (rule.weights * dimension < 20)
     for other in elsewhere:
         seen = other.weights * dimension > 1e-3

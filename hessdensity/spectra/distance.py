@@ -27,7 +27,8 @@ def distance(a: SpectralMeasure | Any, b: SpectralMeasure | Any) -> float:
     """
     from scipy.stats import wasserstein_distance
 
-    (nodes_a, weights_a), (nodes_b, weights_b) = _measure(a), _measure(b)
+    nodes_a, weights_a = _measure(a)
+    nodes_b, weights_b = _measure(b)
     return float(wasserstein_distance(nodes_a, nodes_b, weights_a, weights_b))
 
 

@@ -31,10 +31,10 @@ class Extremes(NamedTuple):
 class SpectralMeasure:
     """How one vector g is distributed over a spectrum: mass (q_i.g)^2 / |g|^2 at eigenvalue i.
 
-    `hessdensity.spectral_measure` computes it, and ``print(measure)`` shows a summary. In the
-    methods below, a share of the eigenvalues is then a share of the squared norm |g|^2. Nothing is
-    random: standard errors are 0, and ``lower`` and ``upper`` include the error of quadrature where
-    a method says so (`cdf_bounds`, `mass`).
+    `hessdensity.spectral_measure` computes it, and ``print(measure)`` shows a summary. In its
+    methods, a share of the eigenvalues means a share of the squared norm |g|^2. Nothing is random:
+    standard errors are 0, and ``lower`` and ``upper`` include the error of quadrature where a
+    method says so (`cdf_bounds`, `mass`).
 
     Example:
       >>> import hessdensity as hd
@@ -211,7 +211,8 @@ class SpectralMeasure:
           ValueError: the enclosure is empty, or a node lies outside of it by more than its
             residual.
         """
-        x, (low, high) = np.asarray(x, float), enclosure
+        x = np.asarray(x, float)
+        low, high = enclosure
         nodes, residuals = (
             np.concatenate([getattr(r, f) for r in self.rules]) for f in ("nodes", "residuals")
         )
@@ -280,7 +281,7 @@ class SpectralMeasure:
         )
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw the density and return the matplotlib Axes.
+        """Draw the distribution, and return the matplotlib Axes.
 
         ``options`` are those of `hessdensity.plots.plot_density`.
         """

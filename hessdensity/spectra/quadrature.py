@@ -49,8 +49,9 @@ class Rule:
 class Tridiagonal(NamedTuple):
     """The tridiagonal matrix T of a Lanczos recurrence of j steps, on the host.
 
-    It satisfies A V^T = V^T T + beta v_j e_j^T + Q^T coupling^T. Here Q holds the r vectors that
-    the recurrence was kept orthogonal to.
+    It satisfies A V^T = V^T T + beta v_j e_j^T + Q^T coupling^T for the operator A. The rows of V
+    are the Lanczos vectors. The rows of Q are the r vectors that the recurrence was kept orthogonal
+    to.
     """
 
     diagonal: np.ndarray
@@ -127,7 +128,7 @@ def cumulative(nodes: np.ndarray, weights: np.ndarray, x: np.ndarray) -> np.ndar
 def cumulative_bounds(
     nodes: np.ndarray, weights: np.ndarray, x: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds (lower, upper) at every x on the cumulative of the measure that a Gauss rule is for.
+    """Bounds (lower, upper) at every x on the cumulative of the measure behind a Gauss rule.
 
     They also bound the limit of the cumulative from the left. The nodes must ascend.
 

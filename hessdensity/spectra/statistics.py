@@ -211,11 +211,13 @@ def share_interval(
 
     def solve(seen: np.ndarray, level: float) -> np.ndarray:
         # P(Beta <= seen) decreases as F grows, so bisection finds F, for all of ``seen`` together.
-        left, right = np.zeros_like(seen), np.ones_like(seen)
+        left = np.zeros_like(seen)
+        right = np.ones_like(seen)
         for _ in range(60):
             middle = (left + right) / 2
             above = betainc(concentration * middle, concentration * (1 - middle), seen) > level
-            left, right = np.where(above, middle, left), np.where(above, right, middle)
+            left = np.where(above, middle, left)
+            right = np.where(above, right, middle)
         return (left + right) / 2
 
     # Sums of weights miss 1 by rounding. A share of exactly 1 has no uncertainty.

@@ -16,8 +16,7 @@ from hessdensity.vectors.trees import Block, PyTree
 
 from .eigenspace import Eigenspace
 
-# Far above the rounding error of an orthonormal float32 basis, far below the deviation of any other
-# vectors.
+# An orthonormal basis in float32 deviates by far less than this, and other vectors by far more.
 _ORTHONORMAL = 1e-3
 
 
@@ -33,7 +32,7 @@ def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
       v: another, of any rank, on vectors of the same structure.
 
     Raises:
-      ValueError: the vectors differ in structure or shapes, or there are none.
+      ValueError: the vectors differ in structure or shapes, or a space has no vectors.
 
     Cost: no products. Each of the k vectors of one space is read once for each vector of the other
       space, where it is stored.
@@ -64,7 +63,7 @@ def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarr
       v: another, of any rank, on vectors of the same structure.
 
     Raises:
-      ValueError: the vectors differ in structure or shapes, or there are none.
+      ValueError: the vectors differ in structure or shapes, or a space has no vectors.
 
     Returns:
       (k,) float64, where k is the smaller of the two ranks.
@@ -179,7 +178,8 @@ def components(eigenspace: Eigenspace, block: PyTree) -> np.ndarray:
     vectors = eigenspace.vectors
     values = gram(block, vectors)[0]
     projection = combine(chunks_of(vectors), values[None], trees.one_of(vectors))
-    projected, expected = float(trees.norm(projection)[0]), float(np.linalg.norm(values))
+    projected = float(trees.norm(projection)[0])
+    expected = float(np.linalg.norm(values))
     if not abs(projected - expected) <= _ORTHONORMAL * expected:  # also true for NaN
         raise ValueError(
             f"eigenspace.vectors are not orthonormal: a projection of norm {expected:.6g} has norm "

@@ -1,1 +1,1 @@
-"""Spectra over training: gradients in the spectrum, their noise, tracking."""
+"""Spectra over training: gradients in the spectrum, their noise, and tracking."""

@@ -1,5 +1,4 @@
-"""How the gradients of single batches scatter: the noise of stochastic gradient descent, seen in an
-eigenspace."""
+"""The noise of stochastic gradient descent in an eigenspace, from the gradients of the batches."""
 
 from __future__ import annotations
 
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessdensity.data.passes import Count
-from hessdensity.losses.risk import EmpiricalRisk, gradient_kernel
+from hessdensity.losses.kernels import gradient_kernel
+from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.spectra.subspaces import components, one_vector, shares
@@ -20,31 +20,31 @@ from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where
 from hessdensity.vectors.trees import PyTree, Vector
 
-_SHOWN = 20  # directions
+_SHOWN = 20  # the number of directions in the printed table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GradientCovariance:
-    """Mean and covariance of the gradients of batches, in an eigenspace of rank r. ``print`` it for
-    a table.
+    """Mean and covariance of the gradients of batches, in an eigenspace of rank r.
 
-    Gradients are in units of loss over parameter, their squares in those units squared.
+    Gradients are in units of loss over parameter, and their squares in these units squared.
+    ``print`` it for a table.
     """
 
     mean: np.ndarray
     """(r,) float64: components of the full gradient along the eigenvectors."""
     covariance: np.ndarray
-    """(r, r) float64, symmetric: covariance of those components, of one batch of the mean size."""
+    """(r, r) float64, symmetric: covariance of these components, for one batch of the mean size."""
     values: np.ndarray
     """(r,) float64: the eigenvalues, descending."""
     total_variance: float
-    """Trace of the covariance over all n directions, in the eigenspace and outside of it."""
+    """Trace of the covariance over all n directions, inside and outside of the eigenspace."""
     squared_norm: float
-    """|g|^2 of the full gradient, all n directions together."""
+    """|g|^2 of the full gradient, over all n directions."""
     num_batches: int
-    """Batches with any example."""
+    """The number of batches with at least one example."""
     num_examples: int | float
-    """Examples, or their total weight."""
+    """The number of examples, or their total weight."""
     dimension: int
     """n, the number of entries of one gradient."""
 
@@ -56,16 +56,19 @@ class GradientCovariance:
 
     @property
     def noise_concentration(self) -> np.ndarray:
-        """(r,) float64, ascending: share of the total variance in the first 1, 2, ..., r
-        directions; NaN without noise.
+        """(r,) float64, ascending: share of the variance in the first 1, 2, ..., r directions.
 
-        As `gradient_concentration` for the mean gradient; k/n where the noise has no preferred
-        directions."""
+        It corresponds to `gradient_concentration` for the mean gradient. It is k/n if the noise has
+        no preferred directions, and NaN without noise.
+        """
         return self._shares(np.diag(self.covariance), self.total_variance)
 
     @property
     def gradient_concentration(self) -> np.ndarray:
-        """(r,) float64, ascending: the same of the full gradient's square; NaN where it is zero."""
+        """(r,) float64, ascending: the same share of the full gradient's square.
+
+        It is NaN if the full gradient is zero.
+        """
         return self._shares(self.mean**2, self.squared_norm)
 
     def _shares(self, parts: np.ndarray, whole: float) -> np.ndarray:
@@ -92,8 +95,8 @@ class GradientCovariance:
         template = "  {:>4} {:>12.5g} {:>12.3g} {:>12.3g} {:>16.4f} {:>13.4f}"
         lines += [template.format(*(column[k] for column in columns)) for k in shown]
         lines.append(
-            f"  noise of no preferred direction would have {self.mean.size / self.dimension:.2g} "
-            "in the top"
+            f"  noise without preferred directions would have "
+            f"{self.mean.size / self.dimension:.2g} in the top"
         )
         return "\n".join(lines)
 
@@ -109,52 +112,57 @@ def gradient_covariance(
     data_axis: str | None = "data",
     microbatch: int | None = None,
 ) -> GradientCovariance:
-    """Mean and covariance of the batches' gradients in an eigenspace: does the noise of SGD lie
-    there too?
+    """Compute the mean and the covariance of the batches' gradients in an eigenspace.
 
-    With g_b the mean gradient of batch b, of N_b examples in N, g the full gradient, B batches, and
-    q_i the eigenvectors,
+    They show whether the noise of stochastic gradient descent lies there, too. Let g_b be the mean
+    gradient of batch b, which has N_b of all N examples, g the full gradient, B the number of
+    batches, and q_i the eigenvectors. Then
 
-        covariance_ij = (B/N) sum over b of N_b q_i.(g_b - g) q_j.(g_b - g) / (B - 1),
+        covariance_ij = (B/N) sum over b of N_b q_i.(g_b - g) q_j.(g_b - g) / (B - 1).
 
-    for even batches the sample covariance of the g_b. Its expectation is that of a batch of N/B
-    examples however uneven the batches are, if each is a random draw: the covariance of g_b falls
-    as 1/N_b. So N/B times it is the covariance of single examples' gradients, and the noise at any
-    other batch size follows. Batches sorted by class are no random
-    draw: shuffle once, and keep the order.
+    If all batches have the same size, this is the sample covariance of the g_b. If not, its
+    expectation is still the covariance for a batch of N/B examples, because the covariance of g_b
+    falls as 1/N_b, as long as each batch is a random draw. So N/B times the result is the
+    covariance of the gradients of single examples, and the noise at any other batch size follows.
+    Batches sorted by class are not a random draw: shuffle the data once, and keep the order.
 
     Args:
       loss: ``loss(params, batch)``, as for `Hessian`.
       params: pytree of parameters.
-      data: batches, as for `Hessian`, of the size whose noise is asked for; not necessarily those
-        of the eigenspace.
+      data: batches, as for `Hessian`, of the size whose noise is of interest. They may differ from
+        the batches of the eigenspace.
       eigenspace: rank eigenvectors, of the Hessian or of another operator on the same leaves.
       where: the leaves that form the vector, as for the operator of the eigenspace.
       precision: matrix-product precision, as for `Hessian`.
       data_axis: the mesh axis over which examples are split, as for `Hessian`.
-      microbatch: the most examples that go through the model at once, as for `Hessian`.
+      microbatch: the largest number of examples that go through the model together, as for
+        `Hessian`.
 
     Returns:
-      `GradientCovariance`. Of rank B - 1 at most: many batches, for a whole matrix.
+      `GradientCovariance`. The rank of its covariance is at most B - 1, so that a matrix of full
+      rank needs many batches.
 
     Raises:
-      TypeError, ValueError: as `Hessian`; an eigenspace of other leaves, or not orthonormal; fewer
-      than two batches.
-      FloatingPointError: a gradient is not finite; names the batch.
+      TypeError, ValueError: as for `Hessian`. Also if the eigenspace has other leaves or is not
+        orthonormal, or if there are fewer than two batches.
+      FloatingPointError: a gradient is not finite. The message names the batch.
 
-    Cost: one pass over the data, one gradient a batch, and reading the eigenvectors twice a batch.
-    Memory: four gradients; none is kept.
+    Cost: one pass over the data. For each batch, it computes one gradient and reads the
+    eigenvectors twice. Memory: four gradients. The gradients of the batches are not kept.
 
     Source: Gur-Ari, Roberts and Dyer (2018) and Ghorbani, Krishnan and Xiao (2019), for the
       question.
 
     Example:
-      >>> loss = lambda w, x: jnp.mean(x * w)  # whose gradient is the mean of x
-      >>> data = [jnp.array([[1.0, 0.0]]), jnp.array([[3.0, 0.0]]), jnp.array([[2.0, 1.0]]), jnp.array([[2.0, -1.0]])]
-      >>> space = Eigenspace([1.0], np.eye(2, dtype=np.float32)[:1], [0.0], [True], 0)
+      >>> import jax.numpy as jnp, numpy as np, hessdensity as hd
+      >>> loss = lambda w, x: jnp.mean(x * w)  # its gradient is half the mean of x
+      >>> data = [jnp.array([x]) for x in ([1.0, 0.0], [3.0, 0.0], [2.0, 1.0], [2.0, -1.0])]
+      >>> space = hd.Eigenspace([1.0], np.eye(2, dtype=np.float32)[:1], [0.0], [True], 0)
       >>> result = gradient_covariance(loss, jnp.zeros(2), data, space)
-      >>> result.mean.tolist(), result.covariance.round(4).tolist(), result.noise_concentration.round(4).tolist()
-      ([1.0], [[0.1667]], [0.5])
+      >>> result.mean.tolist(), result.covariance.round(4).tolist()
+      ([1.0], [[0.1667]])
+      >>> result.noise_concentration.round(4).tolist()
+      [0.5]
     """
     risk = EmpiricalRisk(
         loss,
@@ -170,9 +178,9 @@ def gradient_covariance(
 
     def combine(scatter: _Scatter, gradients: list[Vector], count: jax.Array) -> _Scatter:
         gradient = _mean(gradients[0], count)
-        # The squares of g_b less the square of g would cancel where the noise is small beside g,
-        # and g is not known before the pass ends. The covariance is the same from any origin, and
-        # the first batch's gradient is close to all others.
+        # The squares of g_b minus the square of g would cancel where the noise is small beside g,
+        # and g is not known before the pass ends. The covariance does not depend on the origin. The
+        # gradient of the first batch serves as one, because it is close to all others.
         origin = gradient if scatter.origin is None else scatter.origin
         added = _add_deviation(scatter.total, gradient, origin, vectors, count)
         total, parts, length = added
@@ -191,7 +199,7 @@ class _Scatter(NamedTuple):
     origin: Vector | None
     total: Vector  # sum over batches of count x deviation
     along: list[jax.Array]  # components of each deviation along the eigenvectors
-    lengths: list[jax.Array]  # its norm
+    lengths: list[jax.Array]  # norm of each deviation
 
 
 def _covariance(
@@ -201,11 +209,12 @@ def _covariance(
     num_batches = int(np.sum(counts > 0))
     if num_batches < 2:
         raise ValueError(
-            f"data hold {num_batches} batch with any example; expected two at least, whose "
-            "gradients can differ: cut them with hd.batches(arrays, batch_size)."
+            f"data hold {num_batches} batch with examples; expected at least two, whose gradients "
+            "can differ. Cut the data into more batches with hd.batches(arrays, batch_size)."
         )
     full, norm, shift = _full_gradient(scatter.origin, scatter.total, sum(numbers))
-    weights, scale = counts / counts.sum(), num_batches / (num_batches - 1)
+    weights = counts / counts.sum()
+    scale = num_batches / (num_batches - 1)
     deviations = np.asarray(jax.device_get(scatter.along), float)
     deviations -= weights @ deviations
     squares = np.asarray(jax.device_get(scatter.lengths), float) ** 2
@@ -224,7 +233,7 @@ def _covariance(
 
 @jax.jit
 def _mean(gradient: PyTree, count: jax.Array) -> PyTree:
-    """Gradient of the mean loss from that of the sum; zero for an empty batch."""
+    """Gradient of the mean loss from that of the summed loss. It is zero for an empty batch."""
     divisor = jnp.where(count > 0, count, jnp.ones_like(count))
     return jax.tree.map(lambda leaf: leaf / divisor.astype(leaf.dtype), gradient)
 
@@ -233,7 +242,10 @@ def _mean(gradient: PyTree, count: jax.Array) -> PyTree:
 def _add_deviation(
     total: PyTree, gradient: PyTree, origin: PyTree, vectors: PyTree, count: jax.Array
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-    """(total + count * deviation, components of the deviation along the vectors, its norm)."""
+    """(total + count * deviation, components of the deviation along the vectors, its norm).
+
+    The deviation is that of the gradient from the origin.
+    """
     deviation = jax.tree.map(lambda x, y: (x - y)[None], gradient, origin)
     total = jax.tree.map(lambda leaf, d: leaf + d[0] * count.astype(leaf.dtype), total, deviation)
     wide = jax.tree.map(lambda leaf, d: jnp.broadcast_to(d, leaf.shape), vectors, deviation)
@@ -244,8 +256,7 @@ def _add_deviation(
 def _full_gradient(
     origin: PyTree, total: PyTree, count: jax.Array | float
 ) -> tuple[PyTree, jax.Array, jax.Array]:
-    """(the mean of all gradients as a block of one, its norm, the norm of its deviation from the
-    origin)."""
+    """(mean gradient as a block of one, its norm, the norm of its deviation from the origin)."""
     shift = jax.tree.map(lambda leaf: (leaf / jnp.asarray(count, leaf.dtype))[None], total)
     full = jax.tree.map(lambda x, y: x[None] + y, origin, shift)
     return full, trees.norm(full)[0], trees.norm(shift)[0]

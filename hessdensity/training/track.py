@@ -1,4 +1,4 @@
-"""What was measured of a spectrum over training: one row a checkpoint."""
+"""Results of tracking a spectrum over training, with one row for each checkpoint."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ if TYPE_CHECKING:
 
 
 def zeta(eigenspace: Eigenspace, k: int | None = None) -> float:
-    """How far the largest eigenvalue stands out: lambda_1 / lambda_k, the i-th largest being
-    lambda_i.
+    """Compute how far the largest eigenvalue stands out: lambda_1 / lambda_k.
 
-    With k the number of classes, small where batch normalization is at work and large without it
-    (Ghorbani, Krishnan and Xiao 2019).
+    lambda_i is the i-th largest eigenvalue. With k the number of classes, the ratio is small with
+    batch normalization and large without it (Ghorbani, Krishnan and Xiao 2019).
 
     Args:
       eigenspace: the algebraically largest eigenvalues: ``which="LA"``, or ``"LM"`` as long as
         lambda_k is positive.
-      k: 1 to the rank (default: the rank).
+      k: 1 to the rank. By default the rank.
 
     Raises:
-      ValueError: k outside its range; lambda_k is not positive, so that the ratio compares no
-        sizes.
+      ValueError: ``k`` is out of range, or lambda_k is not positive, so that the ratio does not
+        compare sizes.
 
     Example:
-      >>> zeta(Eigenspace([6.0, 3.0, 2.0], np.eye(4, dtype=np.float32)[:3], np.zeros(3), [True] * 3, 0))
+      >>> import numpy as np, hessdensity as hd
+      >>> vectors = np.eye(4, dtype=np.float32)[:3]
+      >>> zeta(hd.Eigenspace([6.0, 3.0, 2.0], vectors, np.zeros(3), [True] * 3, 0))
       3.0
     """
     rank = eigenspace.rank
     k = rank if k is None else k
     check_k(k, rank)
-    largest, last = eigenspace.values[0], eigenspace.values[k - 1]
+    largest = eigenspace.values[0]
+    last = eigenspace.values[k - 1]
     if not last > 0:
         raise ValueError(
-            f"lambda_{k} = {last:.4g} is not positive, and no size that lambda_1 could be compared "
-            "with."
+            f"lambda_{k} = {last:.4g} is not positive, so that lambda_1 cannot be compared with "
+            "it. Choose a smaller k."
         )
     return float(largest / last)
 
 
 def check_k(k: Any, rank: int, name: str = "k") -> None:
-    """Refuse a number of an eigenvalue that is not there."""
+    """Refuse ``k`` unless it is a whole number from 1 to the rank."""
     if not isinstance(k, int | np.integer) or not 1 <= k <= rank:
         raise ValueError(
             f"{name}={k!r}, expected a whole number from 1 to {rank}, the rank of the eigenspace."
@@ -62,31 +64,36 @@ def check_k(k: Any, rank: int, name: str = "k") -> None:
 
 @dataclass(frozen=True, eq=False)
 class TrackPoint:
-    """One checkpoint of a `Track`: all on the host."""
+    """One checkpoint of a `Track`. Everything in it is on the host."""
 
     step: float
-    """Training step, or whatever the checkpoints were numbered by."""
+    """The training step, or any other number that orders the checkpoints."""
     loss: float
-    """Mean loss over the data; NaN where the operator does not tell."""
+    """The mean loss over the data, or NaN if the operator does not tell it."""
     gradient_norm: float
-    """|g| of the full gradient; NaN for an operator without ``gradient()``."""
+    """|g| of the full gradient, or NaN for an operator without ``gradient()``."""
     values: np.ndarray
-    """(rank,) float64: eigenvalues, descending."""
+    """(rank,) float64: the eigenvalues, descending."""
     residuals: np.ndarray
     """(rank,) float64: their residuals, in eigenvalue units."""
     converged: np.ndarray
-    """(rank,) bool: those below the tolerance."""
+    """(rank,) bool: whether their residuals meet the tolerance."""
     concentration: np.ndarray
-    """(rank,) float64: share of |g|^2 in the first 1, 2, ... eigenvectors
-    (`gradient_concentration`); NaN without g."""
+    """(rank,) float64: share of |g|^2 in the first 1, 2, ... eigenvectors, or NaN without g.
+
+    `gradient_concentration` computes it.
+    """
     overlap: float
-    """Of the eigenspace with that of the checkpoint before (`overlap`); NaN for the first."""
+    """The `overlap` of the eigenspace with that of the checkpoint before, or NaN for the first."""
     density: SpectralDensity | None
-    """The spectral density, unless it was left out."""
+    """The spectral density, or None if it was left out."""
     num_matvecs: int
-    """Products spent on the eigenspace; ``density.num_matvecs`` were spent on the density."""
+    """The number of products spent on the eigenspace.
+
+    ``density.num_matvecs`` more were spent on the density.
+    """
     seconds: float
-    """Time it took."""
+    """The time that the measurement took."""
 
     @staticmethod
     def of(columns: Mapping[str, Any], contents: Contents | None) -> TrackPoint:
@@ -97,7 +104,7 @@ class TrackPoint:
         return TrackPoint(**row, density=SpectralDensity(*contents) if contents else None)
 
     def columns(self) -> dict[str, Any]:
-        """All but the density, as JSON takes it; the inverse of `of`."""
+        """All fields except the density, in types that JSON can hold. The inverse of `of`."""
         return {name: np.asarray(getattr(self, name), float).tolist() for name in COLUMNS}
 
 
@@ -106,58 +113,60 @@ COLUMNS = tuple(f.name for f in fields(TrackPoint) if f.name != "density")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Track:
-    """The spectrum over training, checkpoint by checkpoint: ``print`` it for a table, ``plot`` it
-    for a heat map.
+    """The spectrum over training, with one point for each checkpoint.
 
-    With T checkpoints and eigenspaces of one rank, the properties are arrays (T,) or (T, rank), in
-    the order of the steps.
+    ``print(track)`` shows a table, and ``track.plot()`` draws a heat map. With T checkpoints and
+    eigenspaces of the same rank, the properties are arrays (T,) or (T, rank), in the order of the
+    steps.
 
     Example:
-      >>> import jax, hessdensity as hd
-      >>> checkpoints = [(0, 1.0), (100, 2.0)]  # the parameters, here a number
+      >>> import jax, numpy as np, hessdensity as hd
+      >>> checkpoints = [(0, 1.0), (100, 2.0)]  # the parameters are a number here
       >>> scaled = lambda params: hd.Matrix(params * np.diag([1.0, 2.0, 3.0, 6.0]))
       >>> track = hd.track(scaled, checkpoints, jax.random.key(0), rank=2, progress=False)
-      >>> track.values.round(3).tolist(), track.zetas().round(3).tolist(), track.overlaps.round(3).tolist()
-      ([[6.0, 3.0], [12.0, 6.0]], [2.0, 2.0], [nan, 1.0])
+      >>> track.values.round(3).tolist()
+      [[6.0, 3.0], [12.0, 6.0]]
+      >>> track.zetas().round(3).tolist(), track.overlaps.round(3).tolist()
+      ([2.0, 2.0], [nan, 1.0])
     """
 
     points: tuple[TrackPoint, ...]
-    """One a checkpoint, in the order of their steps."""
+    """One point for each checkpoint, in the order of the steps."""
     eigenspace: Eigenspace | None = None
-    """That of the last checkpoint, with its vectors on the device. Not saved."""
+    """The eigenspace of the last checkpoint, with its vectors on the device. It is not saved."""
     num_classes: int | None = None
-    """K: zeta is lambda_1 / lambda_K, unless told otherwise; the rank if None."""
+    """K: zeta is lambda_1 / lambda_K by default. If it is None, the rank replaces it."""
     description: dict[str, Any] = field(default_factory=dict)
-    """Settings, versions, and whether it was stopped."""
+    """The settings, the versions, and the reason why the run ended early, if it did."""
 
     @property
     def steps(self) -> np.ndarray:
-        """(T,) float64, ascending."""
+        """(T,) float64: the steps, ascending."""
         return self._column("step")
 
     @property
     def losses(self) -> np.ndarray:
-        """(T,) float64."""
+        """(T,) float64: the mean losses."""
         return self._column("loss")
 
     @property
     def gradient_norms(self) -> np.ndarray:
-        """(T,) float64, in units of loss over parameter."""
+        """(T,) float64: the norms of the full gradients, in units of loss over parameter."""
         return self._column("gradient_norm")
 
     @property
     def values(self) -> np.ndarray:
-        """(T, rank) float64: eigenvalues, descending."""
+        """(T, rank) float64: the eigenvalues, descending."""
         return self._column("values")
 
     @property
     def residuals(self) -> np.ndarray:
-        """(T, rank) float64, in eigenvalue units."""
+        """(T, rank) float64: their residuals, in eigenvalue units."""
         return self._column("residuals")
 
     @property
     def converged(self) -> np.ndarray:
-        """(T, rank) bool."""
+        """(T, rank) bool: whether their residuals meet the tolerance."""
         return self._column("converged").astype(bool)
 
     @property
@@ -167,36 +176,37 @@ class Track:
 
     @property
     def overlaps(self) -> np.ndarray:
-        """(T,) float64: of each eigenspace with the one before; the first is NaN."""
+        """(T,) float64: overlap of each eigenspace with the one before. The first is NaN."""
         return self._column("overlap")
 
     @property
     def num_matvecs(self) -> np.ndarray:
-        """(T,) int: products spent, on the eigenspace and on the density."""
+        """(T,) int: the number of products spent, on the eigenspace and on the density."""
         spent = [m.num_matvecs + (m.density.num_matvecs if m.density else 0) for m in self.points]
         return np.array(spent, int)
 
     @property
     def densities(self) -> tuple[SpectralDensity | None, ...]:
-        """One `SpectralDensity` a checkpoint, or None where it was left out."""
+        """One `SpectralDensity` for each checkpoint, or None where it was left out."""
         return tuple(point.density for point in self.points)
 
     @property
     def rank(self) -> int:
-        """Eigenvalues a checkpoint."""
+        """The number of eigenvalues at each checkpoint."""
         return self.points[0].values.size if self.points else 0
 
     def zetas(self, k: int | None = None) -> np.ndarray:
-        """(T,) float64: lambda_1 / lambda_k (`zeta`), NaN where lambda_k is not positive.
+        """(T,) float64: lambda_1 / lambda_k (`zeta`), or NaN where lambda_k is not positive.
 
         Args:
-          k: 1 to the rank (default: ``num_classes``, or the rank).
+          k: 1 to the rank. By default ``num_classes``, or the rank without it.
         """
         if not self.points:
             return np.zeros(0)
         k = k or self._k
         check_k(k, self.rank)
-        first, last = self.values[:, 0], self.values[:, k - 1]
+        first = self.values[:, 0]
+        last = self.values[:, k - 1]
         return np.divide(first, last, out=np.full(first.size, np.nan), where=last > 0)
 
     @property
@@ -213,12 +223,16 @@ class Track:
         return f"<Track of {len(self)} checkpoints, rank {self.rank}>"
 
     def __str__(self) -> str:
-        about, k, rank = self.description, self._k, self.rank
+        about = self.description
+        k = self._k
+        rank = self.rank
         of = f" {of_operator(about)}" if "operator" in about else ""
         title = f"Track{of}, {plural(len(self), 'checkpoint')}"
         if not self.points:
             return title
-        zetas, spent, unsure = self.zetas(), self.num_matvecs, (~self.converged).sum(1)
+        zetas = self.zetas()
+        spent = self.num_matvecs
+        unsure = (~self.converged).sum(1)
         columns: list[tuple[str, Callable[[int, TrackPoint], str]]] = [
             ("step", lambda i, m: f"{m.step:,.10g}"),
             ("loss", lambda i, m: _number(m.loss, ".5g")),
@@ -237,15 +251,19 @@ class Track:
         return "\n".join([title, *table(rows), *stopped])
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """A heat map of the density over training; ``options`` as for
-        `hessdensity.plots.plot_track`."""
+        """Draw a heat map of the density over training, and return the matplotlib Axes.
+
+        ``options`` are those of `hessdensity.plots.plot_track`.
+        """
         from hessdensity.plots import plot_track
 
         return plot_track(self, ax, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write a versioned ``.npz`` without pickles to exactly ``path``; all but the eigenspace's
-        vectors."""
+        """Write everything but the eigenspace to exactly ``path``.
+
+        The file is a versioned npz without pickles.
+        """
         columns = {name: self._column(name) for name in COLUMNS}
         densities = [density.contents() if density else None for density in self.densities]
         about = {"num_classes": self.num_classes, "description": self.description}
@@ -253,11 +271,11 @@ class Track:
 
     @staticmethod
     def load(path: str | Path) -> Track:
-        """Read what `save` wrote, equal bit for bit.
+        """Read a file that `save` wrote. The result equals the saved fields bit for bit.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: the file is not a saved track, or one of a newer version of the format.
+          ValueError: the file is not a saved track, or has a newer version of the format.
         """
         columns, densities, about = track_archive.read(path)
         description = about["description"]
@@ -265,8 +283,8 @@ class Track:
             description["operator"] = {"kind": description["operator"]}
         if missing := set(COLUMNS) - set(columns):
             raise ValueError(
-                f"path={str(path)!r} is a damaged track: {sorted(missing)} are missing. Save it "
-                "again."
+                f"path={str(path)!r} is a damaged track: the columns {sorted(missing)} are "
+                "missing. Save it again."
             )
         points = tuple(
             TrackPoint.of({name: column[i] for name, column in columns.items()}, contents)

@@ -1,4 +1,4 @@
-"""A track on disk: as one file, and point by point in the checkpoint of a run."""
+"""A track on disk, in a single file or point by point in the checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TrackContents(NamedTuple):
     """The fields of a track that are saved."""
 
     columns: dict[str, np.ndarray]
-    """Of one length, a row for each checkpoint."""
+    """Arrays of the same length, with a row for each checkpoint."""
     densities: list[Contents | None]
-    """One or none for each row."""
+    """A density or None for each row."""
     about: dict[str, Any]
-    """What JSON can hold."""
+    """Further fields, in types that JSON can hold."""
 
 
 def write(path: str | Path, contents: TrackContents) -> None:
@@ -44,7 +44,7 @@ def write(path: str | Path, contents: TrackContents) -> None:
 
 
 def read(path: str | Path) -> TrackContents:
-    """What `write` was given. Raises ValueError for any other file."""
+    """The contents that `write` saved. Raises ValueError for any other file."""
     return archive.load(path, {FORMAT}, VERSION, "track", "Track.save", _unpack)
 
 
@@ -63,7 +63,7 @@ def _unpack(saved: dict[str, Any]) -> TrackContents:
 
 
 def density_as_json(contents: Contents | None) -> dict[str, Any] | None:
-    """A density as JSON takes it; floats keep every bit."""
+    """A density in types that JSON can hold. Floats keep every bit."""
     if contents is None:
         return None
     rules = [

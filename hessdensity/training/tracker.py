@@ -1,4 +1,4 @@
-"""The spectrum over training: the same measures at every checkpoint, each from the one before."""
+"""The spectrum over training: the same measurements at every checkpoint, one after the other."""
 
 from __future__ import annotations
 
@@ -37,50 +37,53 @@ logger = logging.getLogger("hessdensity")
 
 
 class Tracker:
-    """Measures a spectrum at one checkpoint after another, inside of a training loop; `track` for
-    saved ones.
+    """Measure a spectrum at one checkpoint after another, inside a training loop.
 
-    At each: the top eigenspace, warm-started from the one before, its overlap with that, the share
-    of the gradient in it, and the density. The random probes of the density are the same at every
-    checkpoint, so that what changes is the network.
+    `track` does the same for saved checkpoints. At each checkpoint, the tracker measures the top
+    eigenspace, its overlap with the one before, the share of the gradient in it, and the density.
+    Each eigenspace is the warm start for the next one. The random probes of the density are the
+    same at every checkpoint, so that all changes come from the network.
 
     Args:
-      make_operator: parameters to operator: ``lambda params: hd.Hessian(loss, params, data)``. With
-        one ``loss`` and parameters of one shape, later checkpoints compile nothing.
+      make_operator: maps parameters to an operator, such as
+        ``lambda params: hd.Hessian(loss, params, data)``. If ``loss`` is always the same function
+        and the parameters have the same shapes, later checkpoints compile nothing.
       key: JAX random key.
-      rank: eigenpairs to follow.
-      which: which, as for `top_eigenspace`. The default, the algebraically largest, is what `zeta`
-        compares.
-      tolerance: of the eigenpairs' residuals, as for `top_eigenspace`.
-      block_size: vectors a pass over the data, as for `top_eigenspace`.
-      max_matvecs: products a checkpoint's eigenspace may cost, as for `top_eigenspace`.
-      num_classes: K, zeta being lambda_1 / lambda_K (default: the rank).
-      density: estimate the density too.
-      num_steps: Lanczos steps of a probe, as for `spectral_density`.
-      num_probes: its probes.
-      deflation_steps: its deflation.
-      checkpoint: a folder. Every measured checkpoint is saved there, and every step of the present
-        one. A later `Tracker` with the same arguments, given the same checkpoints, takes from it
-        what is there and continues.
-      progress: show a bar of products done at the present checkpoint, on standard error.
+      rank: number of eigenpairs to follow.
+      which: the end of the spectrum, as for `top_eigenspace`. The default is the algebraically
+        largest eigenvalues, which `zeta` compares.
+      tolerance: tolerance for the residuals of eigenpairs, as for `top_eigenspace`.
+      block_size: number of vectors in a pass over the data, as for `top_eigenspace`.
+      max_matvecs: largest number of products for the eigenspace of a checkpoint, as for
+        `top_eigenspace`.
+      num_classes: K, for zeta = lambda_1 / lambda_K. By default the rank.
+      density: whether to estimate the density, too.
+      num_steps: Lanczos steps of each probe, as for `spectral_density`.
+      num_probes: number of probes, as for `spectral_density`.
+      deflation_steps: Lanczos steps of the deflation run, as for `spectral_density`.
+      checkpoint: a folder in which every measured checkpoint is saved, and every step of the
+        current one. A later `Tracker` with the same arguments that measures the same checkpoints
+        reads the saved results and continues after them.
+      progress: show a bar of products done at the current checkpoint, on standard error.
 
     Raises:
-      TypeError: ``make_operator`` is no function of the parameters, or ``key`` no key.
-      ValueError: num_classes is not within the rank; other settings are refused by the first
-        `measure`.
+      TypeError: ``make_operator`` is not a function, or ``key`` is not a JAX random key.
+      ValueError: ``num_classes`` is not between 1 and the rank. Other settings that are out of
+        range are refused by the first call of `measure`.
 
-    Cost: of a checkpoint with the defaults, the density's 180 products, the eigenspace's, which are
-    fewer the nearer the last checkpoint is, and one pass for the gradient. Memory: between
-    measurements, the eigenvectors of one.
+    Cost: for each checkpoint with the defaults, 180 products for the density, the products of the
+    eigenspace, and one pass for the gradient. The closer the last checkpoint, the fewer products
+    the eigenspace needs. Memory: between measurements, the eigenvectors of one checkpoint.
 
     Example:
-      >>> import jax.numpy as jnp, hessdensity as hd
+      >>> import jax, jax.numpy as jnp, hessdensity as hd
       >>> loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
       >>> data = [jnp.linspace(-1, 1, 40).reshape(8, 5)]
-      >>> tracker = Tracker(lambda w: hd.Hessian(loss, w, data), jax.random.key(0), rank=2, progress=False)
+      >>> hessian = lambda params: hd.Hessian(loss, params, data)
+      >>> tracker = hd.Tracker(hessian, jax.random.key(0), rank=2, progress=False)
       >>> w = jnp.ones(5)
-      >>> for step in range(3):  # of training
-      ...     measurement = tracker.measure(step, w)
+      >>> for step in range(3):  # the steps of training
+      ...     point = tracker.measure(step, w)
       ...     w = w - 0.1 * jax.grad(loss)(w, data[0])
       >>> tracker.track.values.shape, len(tracker.track.densities)
       ((3, 2), 3)
@@ -112,8 +115,10 @@ class Tracker:
         check_key(key)
         if num_classes is not None:
             check_k(num_classes, rank, "num_classes")
-        self._make_operator, self._progress = make_operator, progress
-        self._num_classes, self._checkpoint = num_classes, checkpoint
+        self._make_operator = make_operator
+        self._progress = progress
+        self._num_classes = num_classes
+        self._checkpoint = checkpoint
         self._space_key, self._density_key = jax.random.split(key)
         self._space_settings: dict[str, Any] = {
             "rank": rank,
@@ -142,33 +147,34 @@ class Tracker:
 
     @property
     def track(self) -> Track:
-        """All that was measured so far."""
+        """The track of all checkpoints measured so far."""
         about = dict(self._description)
         return Track(tuple(self._points), self._eigenspace, self._num_classes, about)
 
     def measure(self, step: float, params: PyTree) -> TrackPoint:
-        """Measure one checkpoint; `track` has it then.
+        """Measure one checkpoint, and add it to `track`.
 
         Args:
-          step: its number, above those before.
-          params: what ``make_operator`` takes.
+          step: the number of the checkpoint, larger than all before.
+          params: the argument of ``make_operator``.
 
         Raises:
-          ValueError: ``step`` is not above the last one; whatever `top_eigenspace` and
-            `spectral_density` refuse; the folder ``checkpoint`` holds other parameters.
+          TypeError: ``make_operator`` does not return an operator.
+          ValueError: ``step`` is not larger than the last one, or the folder ``checkpoint`` holds
+            other parameters. Also if `top_eigenspace` or `spectral_density` refuse a setting.
           NonFiniteProductError: a product is not finite.
-          KeyboardInterrupt: at Ctrl-C; the checkpoint is left out.
+          KeyboardInterrupt: Ctrl-C was pressed. The checkpoint is left out.
         """
         last = self._points[-1].step if self._points else -math.inf
         if not step > last:
             raise ValueError(
-                f"step={step!r}, expected more than the last checkpoint's, {last:,.10g}."
+                f"step={step!r}, expected more than the step of the last checkpoint, {last:,.10g}."
             )
         operator = self._make_operator(params)
         if not hasattr(operator, "like") or not hasattr(operator, "__matmul__"):
             raise TypeError(
-                f"make_operator returned a {type(operator).__name__}; expected an operator: "
-                "lambda params: hd.Hessian(loss, params, data)."
+                f"make_operator returned a {type(operator).__name__}; expected an operator, as "
+                "from lambda params: hd.Hessian(loss, params, data)."
             )
         if self._steps is None:
             folder = self._folder("points")
@@ -181,7 +187,7 @@ class Tracker:
         return point
 
     def _measured(self, step: float, operator: Operator) -> tuple[TrackPoint, Eigenspace]:
-        """The measures of one checkpoint, saved when they are complete."""
+        """Measure one checkpoint, and save the results when they are complete."""
         began = time.perf_counter()
         with make_bar(f"step {step:,.10g}", None, self._progress, leave=False) as bar:
             counting = CountingOperator(operator, bar.update)
@@ -190,7 +196,7 @@ class Tracker:
             gradient = operator.gradient() if hasattr(operator, "gradient") else None
         length = math.nan if gradient is None else norm(gradient)
         concentration = np.full(space.rank, np.nan)
-        if length > 0:  # at a stationary point the gradient has no direction, and no share
+        if length > 0:  # at a stationary point, the gradient has no direction and no shares
             concentration = gradient_concentration(gradient, space)
         point = TrackPoint(
             step=float(step),
@@ -209,7 +215,7 @@ class Tracker:
         return point, space
 
     def _next_eigenspace(self, operator: Operator) -> Eigenspace:
-        # Another random vector at each checkpoint: what one misses the next one meets.
+        # The random vector changes with the checkpoint, so that one can find what another missed.
         key = jax.random.fold_in(self._space_key, len(self._points))
         space = top_eigenspace(
             operator,
@@ -231,13 +237,13 @@ class Tracker:
         _refuse_interruption(density.description)
         return density
 
-    # On disk: a folder with the points measured, and one each for what is being measured. --------
+    # On disk: one folder has the measured points, and two have the steps of the current point. ----
 
     def _folder(self, name: str) -> str | None:
         return None if self._checkpoint is None else f"{self._checkpoint}/{name}"
 
     def _saved(self, step: float, operator: Operator) -> tuple[TrackPoint, Eigenspace] | None:
-        """The measures of the next checkpoint, if they are on disk."""
+        """The measurements of the next checkpoint, or None if they are not on disk."""
         if self._steps is None or not (found := self._steps.take()):
             return None
         (vectors, scalars), _ = found
@@ -255,7 +261,7 @@ class Tracker:
         return point, Eigenspace(*pairs, point.num_matvecs)
 
     def _save(self, point: TrackPoint, space: Eigenspace, operator: Operator) -> None:
-        """Add a point on disk, and drop the steps that led to it."""
+        """Save a point, and delete the steps that led to it."""
         if self._steps is None or self._checkpoint is None:
             return
         from etils import epath
@@ -275,9 +281,9 @@ class Tracker:
                 folder.rmtree()
 
     def stop(self, reason: str) -> None:
-        """Note why this is all there is."""
+        """Record why the track ends early, and log it."""
         self._description["stopped"] = reason
-        logger.warning("track: %s; the result is that of the checkpoints measured.", reason)
+        logger.warning("track: %s. The result holds the checkpoints measured so far.", reason)
 
 
 def track(
@@ -286,33 +292,36 @@ def track(
     key: jax.Array,
     **settings: Any,
 ) -> Track:
-    """Measure the spectrum at every checkpoint of a training run: `Tracker` has the measures, and
-    the settings.
+    """Measure the spectrum at every checkpoint of a training run.
+
+    `Tracker` documents the measurements and the settings.
 
     Args:
-      make_operator: parameters to operator: ``lambda params: hd.Hessian(loss, params, data)``.
-      checkpoints: pairs (step, params), the steps ascending: a list, or a generator that loads one
-        after the other.
+      make_operator: maps parameters to an operator, such as
+        ``lambda params: hd.Hessian(loss, params, data)``.
+      checkpoints: pairs (step, params) with ascending steps, in a list, or from a generator that
+        loads one after the other.
       key: JAX random key.
-      settings: those of `Tracker`: ``rank=10``, ``which="LA"``, ``density=True``, ``num_steps``,
-        ``progress``, ...
+      settings: settings of `Tracker`, such as ``rank=10``, ``which="LA"``, ``density=True``,
+        ``num_steps`` or ``progress``.
 
     Returns:
-      `Track`. After Ctrl-C that of the checkpoints measured so far; ``description["stopped"]`` says
-      so.
+      `Track`. After Ctrl-C it holds the checkpoints measured so far, and ``description["stopped"]``
+      says so.
 
     Raises:
-      ValueError: a checkpoint is no pair; no checkpoint; steps that do not ascend.
-      NonFiniteProductError: a product is not finite, as after a run has diverged; its ``partial``
-        is the track of the checkpoints before, if any.
+      ValueError: a checkpoint is not a pair, there is no checkpoint, or the steps do not ascend.
+      NonFiniteProductError: a product is not finite, as after a run has diverged. ``partial`` is
+        the track of the checkpoints before, if there are any.
 
     Example:
-      >>> import jax.numpy as jnp, hessdensity as hd
+      >>> import jax, jax.numpy as jnp, hessdensity as hd
       >>> loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
       >>> data = [jnp.linspace(-1, 1, 40).reshape(8, 5)]
       >>> checkpoints = [(0, jnp.ones(5)), (1000, jnp.zeros(5))]
       >>> hessian = lambda params: hd.Hessian(loss, params, data)
-      >>> print(track(hessian, checkpoints, jax.random.key(0), rank=2, density=False, progress=False))
+      >>> settings = {"rank": 2, "density": False, "progress": False}
+      >>> print(hd.track(hessian, checkpoints, jax.random.key(0), **settings))
       Track of a Hessian, 2 checkpoints
          step ... lambda_1 ...
             0 ...
@@ -325,7 +334,7 @@ def track(
                 if not isinstance(checkpoint, tuple | list) or len(checkpoint) != 2:
                     raise ValueError(
                         f"checkpoints: number {number} is a {type(checkpoint).__name__}; expected "
-                        "(step, params)."
+                        "a pair (step, params)."
                     )
                 tracker.measure(*checkpoint)
         except (NonFiniteProductError, RunTerminated) as error:
@@ -341,6 +350,6 @@ def track(
 
 
 def _refuse_interruption(description: dict[str, Any]) -> None:
-    """Ctrl-C ends a part with what it has; a checkpoint half measured does not join a track."""
+    """Raise KeyboardInterrupt after an interrupted part. A track has complete checkpoints only."""
     if str(description.get("stopped")).startswith("interrupted"):
         raise KeyboardInterrupt

@@ -52,13 +52,14 @@ class Basis(NamedTuple):
 
     def append(self, block: Block) -> Basis:
         """The basis with one more vector for each probe. It reuses the last chunk's memory."""
-        row = self.size % CHUNK
+        size = int(self.size)  # an array, where the basis was saved and restored as a pytree
+        row = size % CHUNK
         if row:
             chunks = (*self.chunks[:-1], write_row(self.chunks[-1], block, row))
         else:
             full = tuple(map(_to_host, self.chunks[-1:])) if self.offload else self.chunks[-1:]
             chunks = (*self.chunks[:-1], *full, first_row(block))
-        return self._replace(chunks=chunks, size=self.size + 1)
+        return self._replace(chunks=chunks, size=size + 1)
 
     def extend(self, block: Block) -> Basis:
         """The basis of one probe with the k vectors of a block appended one after the other."""

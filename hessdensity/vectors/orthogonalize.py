@@ -20,7 +20,6 @@ from .basis import Basis
 from .trees import Block, Chunk
 
 _DEPENDENT = 0.01  # unit vectors whose Gram matrix has an eigenvalue below this are dependent
-_CONVERGED = 1e-3  # after a sweep that changes less, another one would only change rounding errors
 _MOST_SWEEPS = 10  # usually two are enough; four were seen where random vectors had replaced some
 
 
@@ -128,40 +127,55 @@ def orthonormalize(
     """
     remainder = factors
     along = np.zeros((basis.size, factors.shape[1]))
-    epsilon = trees.epsilon(block)
-    dtype = trees.scalar_dtype(block)
+    fresh = np.zeros(len(factors), bool)  # random vectors that replace negligible directions
+    epsilon, dtype = trees.epsilon(block), trees.scalar_dtype(block)
     for sweep in range(_MOST_SWEEPS):
-        if sweep and remainder.shape[0] > room:
+        if sweep and len(remainder) > room:
             lengths = np.linalg.norm(remainder, axis=1)
-            strongest = np.sort(np.argsort(-lengths, kind="stable")[:room])
-            block = jax.tree.map(lambda leaf, rows=strongest: leaf[rows], block)
-            remainder = remainder[strongest]
+            longest = np.sort(np.argsort(-lengths, kind="stable")[:room])
+            block = jax.tree.map(lambda leaf, rows=longest: leaf[rows], block)
+            remainder, fresh = remainder[longest], fresh[longest]
         if not remainder.size:
             break
-        dead = np.linalg.norm(remainder, axis=1) <= negligible
-        if np.any(dead):
-            block = _replace(block, jnp.asarray(dead), draw(dead.size))
-            remainder = np.where(dead[:, None], 0.0, remainder)
-        # B <- B - Q (Q^T B). The components removed are added to `along`.
+        # B <- B - Q (Q^T B), at unit length. The components removed are added to `along`.
         block, removed = project_out(block, basis.chunks)
         removed = removed[:, : basis.size]
         along += removed.T @ remainder
         block, norms = trees.unit(block)
-        # B^T B = U S U^T. The floor on S keeps pure rounding error from being scaled to length 1.
+        remainder = np.asarray(norms, float)[:, None] * remainder
+        # With its length, so that rounding error at unit length does not pass for a direction.
+        negligible_now = (np.linalg.norm(remainder, axis=1) <= negligible) & ~fresh
+        if np.any(negligible_now):
+            block = _replace(block, jnp.asarray(negligible_now), draw(len(remainder)))
+            remainder = np.where(negligible_now[:, None], 0.0, remainder)
+            fresh |= negligible_now
+            continue  # the random vectors have components along Q
+        # B^T B = U S U^T
         gram = np.asarray(_gram(block), float)
-        squares, axes = np.linalg.eigh(gram)
-        root = np.sqrt(np.maximum(squares, dead.size * epsilon))
-        change = max(np.abs(removed).max(initial=0), np.abs(gram - np.eye(dead.size)).max())
-        # If the block is far from dependent, use the symmetric root U S^(-1/2) U^T. It does not
-        # depend on the signs or rotations of the eigenvectors, which another machine may choose
-        # differently. Otherwise use U S^(-1/2), which isolates the directions that the block lacks.
-        rotation = axes if squares.min(initial=1) > _DEPENDENT else np.eye(dead.size)
-        block = _rotate(block, jnp.asarray(rotation / root @ axes.T, dtype))
-        lengths = np.asarray(norms, float)[:, None]
-        remainder = rotation * root @ axes.T @ (lengths * remainder)
-        if change < _CONVERGED:
+        inverse_root, root, symmetric = _roots(gram, epsilon)
+        block = _rotate(block, jnp.asarray(inverse_root, dtype))
+        remainder = root @ remainder
+        fresh &= symmetric  # otherwise each new vector is a combination of all
+        # The correction is of second order in the change: after a small one rounding error is left.
+        change = max(np.abs(removed).max(initial=0), np.abs(gram - np.eye(len(gram))).max())
+        if change < np.sqrt(epsilon):
             break
     return block, remainder, along
+
+
+def _roots(gram: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray, bool]:
+    """(an inverse square root of a Gram matrix, its inverse, whether both are symmetric).
+
+    The symmetric root U S^(-1/2) U^T if the vectors are far from dependent. It does not depend on
+    the signs or rotations of the eigenvectors, which another machine may choose differently.
+    Otherwise S^(-1/2) U^T, which isolates the directions that the vectors lack.
+    """
+    squares, axes = np.linalg.eigh(gram)
+    # The floor on S keeps rounding error from being scaled to length 1.
+    root = np.sqrt(np.maximum(squares, len(gram) * epsilon))
+    symmetric = bool(squares.min() > _DEPENDENT)
+    rotation = axes if symmetric else np.eye(len(gram))
+    return rotation / root @ axes.T, rotation * root @ axes.T, symmetric
 
 
 @jax.jit

@@ -8,8 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import trees
+from .trees import PyTree, Vector
 
 Where = str | Callable[[str], bool] | None
 
@@ -75,3 +77,22 @@ def select(tree: Any, where: Where) -> Selection:
         listed = "\n  ".join(names[:40] + ["..."] * (len(names) > 40))
         raise ValueError(f"where={where!r} matches no leaf. The paths are:\n  {listed}")
     return Selection(jax.tree.structure(tree), tuple(chosen))
+
+
+def as_vector(selected: PyTree) -> Vector:
+    """Selected parameters as arrays that can be differentiated by, float32 at least.
+
+    Raises:
+      TypeError: a leaf is not real floating-point.
+    """
+    return jax.tree.map(_differentiable, trees.named(selected), selected)
+
+
+def _differentiable(name: str, leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"params leaf {name!r} is {array.dtype}; a derivative needs real floating-point "
+            f"leaves. Hold it fixed: where=lambda path: path != {name!r}."
+        )
+    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array

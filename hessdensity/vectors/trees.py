@@ -314,3 +314,14 @@ def auto_axes(tree: PyTree) -> PyTree:
         return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
 
     return jax.tree.map(rewrap, tree)
+
+
+def check_precision(precision: str | None) -> None:
+    """Refuse what ``jax.default_matmul_precision`` does not know."""
+    try:
+        with jax.default_matmul_precision(precision):
+            pass
+    except Exception as error:
+        raise ValueError(
+            f"precision={precision!r} is unknown; expected 'highest', 'high', 'default' or None."
+        ) from error

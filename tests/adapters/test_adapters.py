@@ -1,4 +1,4 @@
-"""A Flax model behaves as the plain function that it is, with the statistics that the caller chose."""
+"""A Flax model behaves as the plain function that it is, with the statistics of the caller."""
 
 import flax.errors
 import jax
@@ -192,7 +192,7 @@ def test_a_linen_model_that_would_write_its_stored_statistics_is_refused():
         hd.Hessian(loss, params, BATCHES) @ params
 
 
-def test_a_linen_model_that_goes_on_using_its_stored_statistics_is_refused_where_the_batchs_were_chosen():
+def test_a_linen_model_that_keeps_its_stored_statistics_is_refused_where_the_batchs_were_chosen():
     model = Linen(normalize=True)
     loss, params = adapters.from_linen(
         model,

@@ -104,7 +104,7 @@ def assert_equal(ours, theirs):
         jax.tree.map(np.testing.assert_array_equal, mine, other)
 
 
-# Sources and batches --------------------------------------------------------------------------------------------------
+# Sources and batches ------------------------------------------------------------------------------
 
 
 def test_batches_hold_the_images_in_order_the_last_one_smaller(source):
@@ -190,7 +190,7 @@ def test_images_of_every_kind_become_red_green_blue(mode, kind):
     assert decode(Record("odd", encoded(0, mode=mode, kind=kind), 0), 6).shape == (6, 6, 3)
 
 
-# Unreadable images ----------------------------------------------------------------------------------------------------
+# Unreadable images --------------------------------------------------------------------------------
 
 
 def damage(folder, index=5):
@@ -244,7 +244,7 @@ def test_what_the_disk_refuses_is_never_skipped(folder):
         load(source, **HOW, skip_unreadable=True)
 
 
-# The cache ------------------------------------------------------------------------------------------------------------
+# The cache ----------------------------------------------------------------------------------------
 
 
 def forbid(monkeypatch):
@@ -332,7 +332,7 @@ def test_more_images_than_there_is_room_for_are_refused(folder, tmp_path, monkey
         load(open_source(folder), **HOW, cache=tmp_path / "cache" if cache else None)
 
 
-# Misuse ---------------------------------------------------------------------------------------------------------------
+# Misuse -------------------------------------------------------------------------------------------
 
 
 def test_misuse_is_named(folder, tmp_path):
@@ -365,7 +365,7 @@ def test_shards_of_other_columns_splits_or_without_labels_are_refused(shards, tm
         load(open_source(shards / "test-*.parquet"), **HOW)
 
 
-# What the script makes of them ----------------------------------------------------------------------------------------
+# What the script makes of them --------------------------------------------------------------------
 
 
 class Tiny(nn.Module):
@@ -533,7 +533,7 @@ def test_the_script_runs_as_a_file_and_as_a_module(program):
     assert "--skip-unreadable" in ended.stdout
 
 
-# Networks -------------------------------------------------------------------------------------------------------------
+# Networks -----------------------------------------------------------------------------------------
 
 
 def shapes(network):
@@ -549,7 +549,7 @@ def test_the_networks_have_the_papers_number_of_weights(name, count):
 
 
 def torchvision(depth):
-    """The names and shapes of torchvision's state dict, as its documentation and files have them."""
+    """The names and shapes of torchvision's state dict, as its documentation and files say."""
     blocks, expansion = {18: ((2, 2, 2, 2), 1), 50: ((3, 4, 6, 3), 4)}[depth]
 
     def norm(name, channels):

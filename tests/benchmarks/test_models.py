@@ -102,9 +102,16 @@ def test_a_step_is_the_gradients_of_the_loss_it_says(statistics, normalize):
         )
 
     *_, (step, end) = training.train(
-        model, start, (inputs, labels), jax.random.key(2), num_steps=1, schedule=0.5, batch_size=batch_size,
-        weight_decay=0.1, statistics=statistics,
-    )  # fmt: skip
+        model,
+        start,
+        (inputs, labels),
+        jax.random.key(2),
+        num_steps=1,
+        schedule=0.5,
+        batch_size=batch_size,
+        weight_decay=0.1,
+        statistics=statistics,
+    )
     assert step == 1
     expected = jax.tree.map(
         lambda p, g: p - 0.5 * g, start["params"], jax.jit(jax.grad(loss))(start["params"])

@@ -42,7 +42,7 @@ def dense(data, loss=logistic):
     return hd.dense(hd.Hessian(loss, W, data))
 
 
-# hd.batches ----------------------------------------------------------------------------------------------------------
+# hd.batches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_arrays_that_make_no_batches_are_refused(arrays, size, error, sentence):
         hd.batches(arrays, size)
 
 
-# What can be iterated twice ------------------------------------------------------------------------------------------
+# What can be iterated twice -----------------------------------------------------------------------
 
 
 class Loader:
@@ -194,7 +194,7 @@ def test_grain_works_as_it_is(make):
     np.testing.assert_allclose(dense(make(pytest.importorskip("grain"))), EXACT, atol=1e-6)
 
 
-# What cannot ---------------------------------------------------------------------------------------------------------
+# What cannot --------------------------------------------------------------------------------------
 
 WRAP = r"wrap one batch in a list, \[batch\], or cut arrays into batches with hd.batches"
 
@@ -270,7 +270,7 @@ def test_a_batch_whose_leaves_disagree_in_length_is_refused_whether_or_not_the_l
         dense([(X, Y[:5])], loss)
 
 
-# Data that differ between passes -------------------------------------------------------------------------------------
+# Data that differ between passes ------------------------------------------------------------------
 
 
 class Changing:
@@ -362,7 +362,7 @@ def test_shuffled_data_give_one_warning_and_the_same_product():
     assert hessian.describe()["shuffled"]
 
 
-# On to the device ----------------------------------------------------------------------------------------------------
+# On to the device ---------------------------------------------------------------------------------
 
 
 def test_a_batch_is_handed_over_when_the_next_has_been_pulled_and_no_other():

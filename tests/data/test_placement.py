@@ -50,7 +50,7 @@ def rows_per_device(piece):
     return max(shard.data.shape[0] for shard in jax.tree.leaves(piece)[0].addressable_shards)
 
 
-# Host batches --------------------------------------------------------------------------------------------------------
+# Host batches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatch", [None, 1, 4, 9, 16, 100])
@@ -120,7 +120,7 @@ def test_leaves_of_different_lengths_are_not_cut():
         pieces([(np.zeros((16, 2)), np.zeros(5))], microbatch=4)
 
 
-# Pieces that the user asks for ---------------------------------------------------------------------------------------
+# Pieces that the user asks for --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatch", [7, 20])
@@ -180,7 +180,7 @@ def test_a_microbatch_that_is_no_number_is_refused(microbatch):
         hd.Hessian(LOSS, PARAMS, [HOST], microbatch=microbatch)
 
 
-# Batches that the user has placed ------------------------------------------------------------------------------------
+# Batches that the user has placed -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec()])
@@ -235,7 +235,7 @@ def test_arrays_that_only_jax_has_placed_go_to_the_params():
     assert x.devices() == {device}
 
 
-# Losses whose batches must not be cut --------------------------------------------------------------------------------
+# Losses whose batches must not be cut -------------------------------------------------------------
 
 
 def centered(w, batch):
@@ -289,7 +289,7 @@ def test_the_adapters_say_which_losses_normalize_over_the_batch():
         hd.Hessian(train, on_mesh(params), [batch]) @ params
 
 
-# What processes have said (test_processes.py has them speak) ---------------------------------------------------------
+# What processes have said (test_processes.py has them speak) --------------------------------------
 
 
 def test_another_length_than_in_the_first_pass_is_refused_by_process_and_batch(monkeypatch):

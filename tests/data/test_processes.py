@@ -51,7 +51,7 @@ def test_batches_that_cannot_be_joined_are_refused_in_all_processes_naming_the_o
     )
 
 
-# A process that is lost: the others end by themselves, in the time that `start` and `watch` state --------------------
+# A process that is lost: the others end by themselves, in the time that `start` and `watch` state -
 
 TIMEOUT = 10
 

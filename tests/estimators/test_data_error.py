@@ -10,8 +10,7 @@ import pytest
 from problems import dense_hessian, mlp
 
 import hessdensity as hd
-from hessdensity.estimators import data_error
-from hessdensity.operators import hessian as room
+from hessdensity.losses import risk
 from hessdensity.vectors import trees
 
 VARIANCES = np.array(
@@ -44,7 +43,7 @@ def trace(density):
     return density.trace()
 
 
-# The parts' operator --------------------------------------------------------------------------------------------------
+# The parts' operator ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_parts", [2, 3, 5])
@@ -65,13 +64,13 @@ def test_a_parts_products_are_those_of_its_batches_alone(num_parts, dtype):
 
 
 def test_a_step_multiplies_each_batch_once_with_one_vector_a_probe(monkeypatch):
-    calls, original = [], room._add_products
+    calls, original = [], risk.add_batch
 
-    def counting(loss, params, block, *rest, **mode):
-        calls.append(len(jax.tree.leaves(block)[0]))
-        return original(loss, params, block, *rest, **mode)
+    def counting(kernel, loss, params, batch, arguments, total):
+        calls.append(len(jax.tree.leaves(arguments)[0]))
+        return original(kernel, loss, params, batch, arguments, total)
 
-    monkeypatch.setattr(room, "_add_products", counting)
+    monkeypatch.setattr(risk, "add_batch", counting)
     hessian, _ = least_squares(0)
     parts = densities_of(hessian, num_steps=3, num_probes=2)
     assert calls == [2] * 16 * 3
@@ -91,7 +90,7 @@ def test_a_parts_density_is_the_one_of_a_hessian_of_its_own(dtype):
         np.testing.assert_allclose(density.weights, expected.weights, atol=1e-3)
 
 
-# The error bars -------------------------------------------------------------------------------------------------------
+# The error bars -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def test_the_largest_eigenvalues_standard_error_is_its_spread_over_fresh_data_se
 
 
 def test_a_parts_largest_eigenvalue_is_too_large_as_perturbation_theory_says(samples):
-    """E lambda_1 - lambda_1 = (1/N) sum of lambda_1 lambda_j / (lambda_1 - lambda_j) (Lawley 1956)."""
+    """E lambda_1 - lambda_1 = 1/N sum lambda_1 lambda_j / (lambda_1 - lambda_j) (Lawley 1956)."""
     own = np.sum(VARIANCES[0] * VARIANCES[1:] / (VARIANCES[0] - VARIANCES[1:])) / N
     excess = np.mean([claim.value - value for _, claim, value, _ in samples])
     assert excess == pytest.approx(15 * own, rel=0.3)
@@ -229,7 +228,7 @@ def test_multiplying_the_loss_scales_the_errors(factor):
         assert b.upper == pytest.approx(factor * a.upper, rel=1e-3)
 
 
-# Eigenvalues from one pass --------------------------------------------------------------------------------------------
+# Eigenvalues from one pass ------------------------------------------------------------------------
 
 
 def test_an_eigenvalues_error_is_the_spread_of_its_vectors_forms_over_batches(dtype):
@@ -276,7 +275,7 @@ def test_a_model_that_refuses_forward_mode_has_parts_and_errors_too():
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-3)
 
 
-# The loop around it, and bad input ------------------------------------------------------------------------------------
+# The loop around it, and bad input ----------------------------------------------------------------
 
 
 def test_ctrl_c_returns_what_is_there_and_says_so(caplog, monkeypatch):
@@ -293,8 +292,8 @@ def test_ctrl_c_returns_what_is_there_and_says_so(caplog, monkeypatch):
     parts = densities_of(hessian, num_steps=6)
     assert parts.num_matvecs == 6
     assert parts.densities[0].nodes.shape == (2, 3)
-    assert "interrupted after 3 steps" in str(parts)
-    assert "interrupted after 3 steps" in caplog.text
+    assert "interrupted after 6 products" in str(parts)
+    assert "interrupted after 6 products" in caplog.text
     with pytest.raises(KeyboardInterrupt):
         densities_of(hessian)
 
@@ -385,6 +384,6 @@ def test_its_programs_are_compiled_once_for_all_batches_of_a_shape():
     hessian, _ = least_squares(0)
     space = hd.Eigenspace([1.0], jnp.eye(6)[:1], [0.0], [True], 0)
     hd.eigenvalue_data_error(hessian, space)
-    compiled = data_error._inner._cache_size()
+    compiled = risk.add_batch._cache_size()
     hd.eigenvalue_data_error(least_squares(1)[0], space)
-    assert data_error._inner._cache_size() == compiled
+    assert risk.add_batch._cache_size() == compiled

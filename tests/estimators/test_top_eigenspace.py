@@ -263,7 +263,7 @@ def test_an_interrupted_run_returns_what_is_there(key, caplog):
 def test_a_product_that_is_not_finite_names_the_pass_and_keeps_the_rest(key):
     values = OUTLIERS
     with pytest.raises(
-        hd.NonFiniteProductError, match="step 5: the operator's product is not finite"
+        hd.NonFiniteProductError, match="Step 5: the operator's product is not finite"
     ) as caught:
         top(failing(values, 22, lambda v: v * np.nan), key, 6)
     assert caught.value.partial.num_matvecs == 20
@@ -295,13 +295,13 @@ def test_a_product_of_another_shape_is_refused(key):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rank": 0}, "rank=0, expected a whole number from 1 to n = 200"),
+        ({"rank": 0}, "rank=0, expected a whole number of at least 1"),
         ({"rank": 201}, "rank=201, expected"),
         ({"rank": 2.0}, "rank=2.0, expected"),
         ({"which": "SM"}, "which='SM', expected 'LM'"),
         (
             {"tolerance": 1e-7},
-            r"tolerance=1e-07, expected a share .* at least 3.8e-06, the limit .* vectors of float32",
+            r"tolerance=1e-07, expected a share .* at least 3.8e-06, the limit .* of float32",
         ),
         ({"tolerance": 1.0}, "tolerance=1.0, expected"),
         ({"block_size": 0}, "block_size=0, expected"),
@@ -349,7 +349,7 @@ def test_sharded_vectors_keep_their_shards_and_give_the_same_pairs(key, monkeypa
     def watched(self, block):
         append(self, block)
         shards.update(
-            shard.data.size for chunk in self._chunks for shard in chunk.addressable_shards
+            shard.data.size for chunk in self._basis.chunks for shard in chunk.addressable_shards
         )
 
     monkeypatch.setattr(block_lanczos.BlockLanczos, "_append", watched)

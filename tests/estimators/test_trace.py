@@ -9,7 +9,7 @@ from problems import dense_hessian, mlp
 
 import hessdensity as hd
 from hessdensity.estimators import exchangeable as _exchangeable
-from hessdensity.estimators import trace as traces
+from hessdensity.vectors import basis
 
 N = 300
 DECAYS = {
@@ -195,7 +195,7 @@ def test_it_spends_what_it_may_in_passes_of_a_block(settings, sizes, key, capsys
 
 @pytest.mark.parametrize("take", [_exchangeable.from_range, _exchangeable.from_core])
 def test_a_leave_one_out_estimate_is_the_one_made_without_that_vector(take):
-    """The jackknife's downdates, against the whole computation done again with k - 1 test vectors."""
+    """The jackknife's downdates, against the computation done again with k - 1 test vectors."""
     rng, dimension, count = np.random.default_rng(0), 60, 9
     values = np.linspace(0, 1, dimension) ** 3
     tests = rng.standard_normal((dimension, count))
@@ -255,7 +255,7 @@ def test_a_leave_one_out_estimate_is_the_papers_formula():
     assert found.value == pytest.approx(np.mean(nystrom), rel=1e-9)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_matvecs", [30, 400])
@@ -312,6 +312,6 @@ def test_arguments_that_cannot_be_are_refused(change, error, said):
 def test_memory_holds_no_more_programs_than_shapes_of_blocks(key):
     operator = operator_of(DECAYS["flat"], key, np.float32)
     hd.trace(operator, key, 32, progress=False)
-    compiled = traces._coefficients._cache_size()
+    compiled = basis.inner_products._cache_size()
     hd.trace(operator, key, 96, progress=False)
-    assert traces._coefficients._cache_size() == compiled
+    assert basis.inner_products._cache_size() == compiled

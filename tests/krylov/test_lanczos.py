@@ -24,7 +24,7 @@ def run(operator, key, num_steps, count=2, deflated_basis=None):
 
 
 def basis_of(state, probe):
-    """(m, n) float64: the basis vectors whose products were taken, for vectors that are one array."""
+    """(m, n) float64: the basis vectors whose products were taken; vectors are one array."""
     chunks = [np.moveaxis(np.asarray(chunk[probe], float), -2, 0) for chunk in state.basis.chunks]
     rows = np.concatenate([chunk.reshape(chunk.shape[0], -1) for chunk in chunks])
     return rows[: state.diagonal.shape[1]]
@@ -142,7 +142,7 @@ def test_a_state_saved_and_resumed_in_the_middle_equals_an_uninterrupted_run(key
         state = lanczos.update(state, operator @ state.vectors)
     saved = jax.tree.map(np.array, state)
     host = {"num_steps": int(saved.num_steps)}
-    host |= {name: getattr(saved, name) for name in ("diagonal", "off_diagonal", "noise")}
+    host |= {name: getattr(saved, name) for name in ("diagonal", "off_diagonal", "rounding_error")}
     resumed = jax.tree.map(jnp.asarray, saved)._replace(**host)
     for resumed in lanczos.iterate(operator, resumed):
         pass
@@ -231,8 +231,11 @@ def test_the_products_noise_is_measured(key):
         ),
         jnp.zeros(500, jnp.float32),
     )
-    assert 1e-5 < run(rounded, key, 30).noise.max() < 1e-2
-    assert run(operator_of(np.linspace(-1, 1, 500), key, np.float32), key, 30).noise.max() < 5e-6
+    assert 1e-5 < run(rounded, key, 30).rounding_error.max() < 1e-2
+    assert (
+        run(operator_of(np.linspace(-1, 1, 500), key, np.float32), key, 30).rounding_error.max()
+        < 5e-6
+    )
 
 
 def test_a_product_is_the_operators_to_keep_and_is_checked(key):
@@ -253,6 +256,6 @@ def test_a_product_that_is_not_finite_names_the_step(key):
     calls = iter([1.0, 1.0, np.nan])
     operator = hd.FunctionOperator(lambda v: v * jnp.arange(5.0) * next(calls), jnp.zeros(5))
     state = lanczos.init(random_block(key, 0, 1, operator.like), 5)
-    with pytest.raises(hd.NonFiniteProductError, match="step 2") as caught:
+    with pytest.raises(hd.NonFiniteProductError, match="Step 2") as caught:
         list(lanczos.iterate(operator, state))
     assert caught.value.step == 2

@@ -147,7 +147,7 @@ def test_gradients_and_their_covariance_take_microbatches(rng, microbatch, key):
     assert other.num_batches == 4
 
 
-@pytest.mark.parametrize("call", ["gradient", "covariance"])
+@pytest.mark.parametrize("call", [hd.gradient, hd.gradient_covariance])
 def test_a_loss_without_a_mean_is_refused_by_gradients_too(rng, call, key):
     params, batches = problem(rng)
     space = hd.top_eigenspace(hd.Hessian(loss, params, batches), key, 1, progress=False)
@@ -155,8 +155,6 @@ def test_a_loss_without_a_mean_is_refused_by_gradients_too(rng, call, key):
     def wrong(params, batch):
         return loss(params, batch), 0.5
 
+    more = () if call is hd.gradient else (space,)
     with pytest.raises(TypeError, match="loss returned a tuple; expected the batch's mean loss"):
-        if call == "gradient":
-            hd.gradient(wrong, params, batches)
-        else:
-            hd.gradient_covariance(wrong, params, batches, space)
+        call(wrong, params, batches, *more)

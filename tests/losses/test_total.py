@@ -51,7 +51,7 @@ def assert_right(hessian, weights=EVEN):
     assert hessian.describe()["num_examples"] == pytest.approx(weights.sum(), rel=1e-6)
 
 
-# Means and totals ----------------------------------------------------------------------------------------------------
+# Means and totals ---------------------------------------------------------------------------------
 
 EXAMPLES = {
     "all": EVEN,
@@ -90,7 +90,7 @@ def test_a_count_that_depends_on_the_parameters_is_held_fixed():
     np.testing.assert_allclose(hd.dense(hessian), exact()[2] * 9 / count, rtol=1e-5, atol=1e-6)
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# What is refused ----------------------------------------------------------------------------------
 
 
 REFUSED = {
@@ -160,7 +160,7 @@ def test_counts_that_add_up_to_nothing_are_refused():
         hessian @ W
 
 
-# Losses on outputs ---------------------------------------------------------------------------------------------------
+# Losses on outputs --------------------------------------------------------------------------------
 
 LOGITS = RNG.standard_normal((6, 5)).astype(np.float32)
 LABELS = np.array([0, 4, 2, 2, 1, 3])
@@ -222,7 +222,7 @@ def test_predictions_that_would_be_broadcast_against_the_targets_are_refused():
         losses.mean_squared_error(jnp.ones((6, 1)), jnp.ones(6))
 
 
-# Tokens --------------------------------------------------------------------------------------------------------------
+# Tokens -------------------------------------------------------------------------------------------
 
 TOKENS = RNG.integers(0, 7, (5, 6))
 MASK = np.arange(6) < np.array([6, 2, 4, 1, 5])[:, None]  # sequences of different lengths, padded

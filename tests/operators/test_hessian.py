@@ -11,8 +11,10 @@ import pytest
 from problems import dense_hessian, example_losses, logits_of, mean_loss, mlp
 
 import hessdensity as hd
-from hessdensity.operators import hessian as room
+from hessdensity.losses import risk
 from hessdensity.vectors import trees
+from hessdensity.vectors.random import random_block
+from hessdensity.vectors.selection import select
 
 
 def close(dtype):
@@ -70,7 +72,7 @@ def test_where_is_the_principal_block_of_the_selected_leaves(where, dtype):
     names = trees.paths(params)
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
     chosen = [
-        where(name) if callable(where) else room.select(params, where).chosen[i]
+        where(name) if callable(where) else select(params, where).chosen[i]
         for i, name in enumerate(names)
     ]
     rows = np.repeat(chosen, sizes)
@@ -119,10 +121,10 @@ def test_a_model_that_computes_in_bfloat16_is_accepted_with_its_own_precision(ke
 def test_a_new_checkpoint_compiles_nothing():
     loss, params, batch = mlp(np.float32)
     hd.dense(hd.Hessian(loss, params, hd.batches(batch, 30), where="first/*"))
-    compiled = room._add_products._cache_size()
+    compiled = risk.add_batch._cache_size()
     later = jax.tree.map(lambda leaf: 2 * leaf, params)
     matrix = hd.dense(hd.Hessian(loss, later, hd.batches(batch, 30), where="first/*"))
-    assert room._add_products._cache_size() == compiled
+    assert risk.add_batch._cache_size() == compiled
     np.testing.assert_allclose(
         matrix, dense_hessian(loss, later, batch)[:35, :35], **close(np.float32)
     )
@@ -157,7 +159,7 @@ def test_the_precision_is_that_of_the_products_and_part_of_what_is_compiled():
         hd.Hessian(loss, params, [batch], precision="best")
 
 
-# Models that refuse forward-over-reverse ------------------------------------------------------------------------------
+# Models that refuse forward-over-reverse ----------------------------------------------------------
 
 
 @jax.custom_vjp
@@ -225,7 +227,7 @@ def test_a_users_own_type_error_is_not_mistaken_for_a_custom_vjp():
         hd.Hessian(loss, jnp.ones(3), [jnp.ones(2)]) @ jnp.ones(3)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def test_a_product_that_is_not_finite_names_the_batch():
@@ -277,7 +279,7 @@ def test_counts_that_add_up_to_nothing_are_refused():
         hessian @ jnp.ones(3)
 
 
-# Memory --------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 def deep(checkpoint):
@@ -319,8 +321,8 @@ def test_the_temporary_bytes_are_those_of_the_largest_piece_and_cost_no_compilat
         assert cut.temporary_bytes(2) < whole.temporary_bytes(2) / 4
         assert whole.temporary_bytes(100) == whole.temporary_bytes(4)  # four vectors a program
         compiled.clear()
-        whole @ room.random_block(jax.random.key(0), 0, 2, whole.like)
-        cut @ room.random_block(jax.random.key(0), 0, 2, cut.like)
+        whole @ random_block(jax.random.key(0), 0, 2, whole.like)
+        cut @ random_block(jax.random.key(0), 0, 2, cut.like)
         assert not compiled
     finally:
         jax.monitoring.clear_event_listeners()
@@ -328,8 +330,8 @@ def test_the_temporary_bytes_are_those_of_the_largest_piece_and_cost_no_compilat
 
 def test_the_fingerprint_is_taken_once(monkeypatch):
     loss, params, batch = mlp(np.float32)
-    calls, original = [], room.fingerprint
-    monkeypatch.setattr(room, "fingerprint", lambda tree: calls.append(tree) or original(tree))
+    calls, original = [], risk.fingerprint
+    monkeypatch.setattr(risk, "fingerprint", lambda tree: calls.append(tree) or original(tree))
     hessian = hd.Hessian(loss, params, [batch])
     assert hessian.describe() == hessian.describe()
     assert len(calls) == 1

@@ -36,7 +36,7 @@ def names(report):
     return [failure.split(":")[0] for failure in report.failures]
 
 
-# What passes ---------------------------------------------------------------------------------------------------------
+# What passes --------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -80,7 +80,7 @@ def test_a_symmetric_matrix_passes_in_the_three_checks_that_need_no_loss(array, 
     assert len(report.checks) == 3
 
 
-# What fails ----------------------------------------------------------------------------------------------------------
+# What fails ---------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -186,7 +186,7 @@ def test_a_symmetric_operator_that_is_not_the_derivative_of_its_gradient_fails_f
     assert names(hd.verify_operator(OwnHessian(**mistake), key)) == ["derivative"]
 
 
-# The report ----------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 
 
 def test_the_tolerance_of_the_first_three_checks_is_the_callers(key):

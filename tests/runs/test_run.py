@@ -184,14 +184,17 @@ def test_signals_wait_until_a_step_is_whole():
     def terminate(number, frame):
         raise hd.RunTerminated("SIGTERM")
 
+    def whole_step(number, name):
+        with undisturbed():
+            os.kill(os.getpid(), number)
+            done.append(name)
+
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        with pytest.raises(hd.RunTerminated), undisturbed():
-            os.kill(os.getpid(), signal.SIGTERM)
-            done.append("the step")
-        with pytest.raises(KeyboardInterrupt), undisturbed():
-            os.kill(os.getpid(), signal.SIGINT)
-            done.append("another")
+        with pytest.raises(hd.RunTerminated):
+            whole_step(signal.SIGTERM, "the step")
+        with pytest.raises(KeyboardInterrupt):
+            whole_step(signal.SIGINT, "another")
         assert signal.getsignal(signal.SIGTERM) is terminate
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -314,7 +314,7 @@ def test_settings_may_be_numpy_numbers_and_more_probes_at_once_than_there_are(ke
     )
 
 
-# Killed processes. The child is this file; a product of its operator takes a moment, or an hour. ----------------------
+# Killed processes. The child is this file; a product of its operator takes a moment, or an hour. --
 
 
 class Slow(Counted):
@@ -350,6 +350,7 @@ def test_what_a_kill_at_any_of_20_random_moments_leaves_is_a_usable_checkpoint(k
         for index in range(20):
             time.sleep(random.uniform(0.0, 0.1))
             process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # else a rename may still be under way
             snapshots.append(shutil.copytree(folder, tmp_path / f"killed_{index}"))
             process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGKILL)
@@ -380,7 +381,7 @@ def test_sigterm_ends_a_run_within_seconds_on_its_last_step_though_a_product_tak
     output, _ = process.communicate(timeout=20)
     assert time.monotonic() - start < 5
     assert process.returncode == 128 + signal.SIGTERM
-    assert "the same call goes on from there" in output
+    assert "the same call resumes the run from there" in output
     operator = Counted(matrix(jax.random.key(0)))
     density = hd.spectral_density(operator, key, checkpoint=folder, **SETTINGS)
     assert operator.num_passes == 19 - 4

@@ -24,7 +24,7 @@ def tree_of(columns, dtype):
 
 
 def rotated(columns, angles, others):
-    """Vectors at given angles to the first columns, in the planes that ``others`` span with them."""
+    """Vectors at given angles to the first columns, in the planes that others span with them."""
     angles = np.asarray(angles)
     return np.cos(angles) * columns[:, : angles.size] + np.sin(angles) * others[:, : angles.size]
 

@@ -58,7 +58,7 @@ def test_an_eigenvalue_lies_within_the_residual_of_every_node(name):
 
 
 def test_residuals_are_not_taken_below_the_noise_of_the_products():
-    rule = gauss_rule(Tridiagonal(np.array([4.0, 1.0]), np.array([0.0, 0.0]), noise=2e-7))
+    rule = gauss_rule(Tridiagonal(np.array([4.0, 1.0]), np.array([0.0, 0.0]), rounding_error=2e-7))
     assert rule.residuals.tolist() == [4e-7]
 
 

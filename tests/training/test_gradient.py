@@ -64,7 +64,7 @@ def problem(dtype):
     return loss, params, batch, operator, eigenspace_of(rows[:6], values[:6], operator.like)
 
 
-# The gradient ---------------------------------------------------------------------------------------------------------
+# The gradient -------------------------------------------------------------------------------------
 
 
 def test_the_gradient_is_that_of_the_mean_over_examples_however_they_are_batched(problem, dtype):
@@ -87,7 +87,7 @@ def test_the_gradient_of_some_leaves_is_like_their_hessians_vectors():
     np.testing.assert_allclose(flat(result), expected, **close(np.float32))
 
 
-# Its concentration ----------------------------------------------------------------------------------------------------
+# Its concentration --------------------------------------------------------------------------------
 
 
 def test_the_concentration_is_the_dense_projections(problem, dtype):
@@ -175,7 +175,7 @@ def test_eigenvectors_that_are_not_orthonormal_are_never_taken_for_such(problem,
             hd.gradient_concentration(vector, bad)
 
 
-# The Rayleigh quotient and the measure --------------------------------------------------------------------------------
+# The Rayleigh quotient and the measure ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [1e-20, 1.0, 1e20])
@@ -203,7 +203,8 @@ def test_the_whole_measure_of_a_gradient_is_the_dense_one(problem, dtype):
     matrix, *_ = dense_pairs(dtype)
     values, weights = dense_measure(matrix, flat(gradient))
     measure = hd.spectral_measure(operator, gradient, 60, progress=False)
-    assert measure.given
+    assert isinstance(measure, hd.SpectralMeasure)
+    assert not isinstance(measure, hd.SpectralDensity)
     assert measure.dimension == 55
     # Between eigenvalues, where a node's rounding moves nothing across.
     middles = (values[1:] + values[:-1]) / 2
@@ -275,14 +276,15 @@ def test_a_measure_scales_with_the_operator_and_not_with_the_vector(of_operator,
 def test_a_measure_refuses_what_one_vector_cannot_tell_and_saves_and_prints(tmp_path, key):
     operator = hd.Matrix.from_eigenvalues(np.linspace(1, 2, 30, dtype=np.float32), key)
     measure = hd.spectral_measure(operator, np.ones(30, np.float32), 5, progress=False)
-    with pytest.raises(ValueError, match=r"moment\(1\) is that vector's Rayleigh quotient"):
-        measure.trace()
+    assert not hasattr(measure, "trace")
+    assert not hasattr(measure, "frobenius_norm")
     measure.save(tmp_path / "measure.npz")
-    loaded = hd.SpectralDensity.load(tmp_path / "measure.npz")
-    assert loaded.given
+    with pytest.raises(ValueError, match=r"Read it with hd\.SpectralMeasure\.load\(path\)"):
+        hd.SpectralDensity.load(tmp_path / "measure.npz")
+    loaded = hd.SpectralMeasure.load(tmp_path / "measure.npz")
     np.testing.assert_array_equal(loaded.nodes, measure.nodes)
     assert "Rayleigh quotient" in str(loaded)
-    assert "spent             5 products" in str(loaded)
+    assert "5 products" in str(loaded)
 
 
 def test_an_interrupted_measure_is_that_of_the_steps_done(key, caplog):
@@ -318,7 +320,7 @@ def test_a_product_that_is_not_finite_hands_over_the_measure_so_far(key):
         return matrix @ vector * np.float32(np.nan if len(calls) == 4 else 1)
 
     operator = hd.FunctionOperator(product, matrix.like)
-    with pytest.raises(hd.NonFiniteProductError, match="step 3") as caught:
+    with pytest.raises(hd.NonFiniteProductError, match="Step 3") as caught:
         hd.spectral_measure(operator, np.ones(50, np.float32), 20, progress=False)
     assert caught.value.partial.num_matvecs == 3
     calls[:] = [1] * 3
@@ -351,7 +353,7 @@ def test_vectors_and_steps_that_cannot_be_are_refused():
         hd.spectral_measure(operator, np.ones(3, np.float32), 0)
 
 
-# The noise of batches -------------------------------------------------------------------------------------------------
+# The noise of batches -----------------------------------------------------------------------------
 
 
 def explicit(dtype, batch_size):
@@ -495,9 +497,7 @@ def test_a_covariance_prints_a_table_and_is_silent_where_there_is_no_noise():
 def test_covariances_that_cannot_be_are_refused():
     loss, params, batch = mlp(np.float32)
     space = top_of(params)
-    with pytest.raises(
-        ValueError, match="data hold 1 batch with any example; expected two at least"
-    ):
+    with pytest.raises(ValueError, match="data hold 1 batch with examples; expected at least two"):
         hd.gradient_covariance(loss, params, [batch], space)
     with pytest.raises(
         ValueError, match=r"eigenspace.vectors: the structure is .* but the operator's vectors have"

@@ -142,12 +142,13 @@ def test_the_forms_of_other_compilers_are_read(line, expected):
 
 
 def test_groups_that_are_not_understood_are_refused():
-    text = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %s = f32[8] all-reduce(%x), replica_groups=new, to_apply=%add\n}\n"
+    line = "%s = f32[8] all-reduce(%x), replica_groups=new, to_apply=%add"
+    text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  {line}\n}}\n"
     with pytest.raises(ValueError, match="not understood"):
         collectives(SimpleNamespace(as_text=lambda: text))
 
 
-# The theorems --------------------------------------------------------------------------------------------------------
+# The theorems -------------------------------------------------------------------------------------
 
 # Shards on the first, the last and a middle axis; long axes, odd ones, no power of two anywhere but
 # the devices'.
