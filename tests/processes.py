@@ -63,7 +63,9 @@ class Processes:
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, HERE, HERE / "runs"])),
+            "PYTHONPATH": os.pathsep.join(
+                map(str, [HERE.parent, HERE, HERE / "runs", HERE / "benchmarks"])
+            ),
             "PYTHONUNBUFFERED": "1",
         }
         self._running = []

@@ -33,8 +33,8 @@ def plan(
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Its vectors may be
         abstract, with shardings (``jax.ShapeDtypeStruct``), if ``timed`` is False.
       computation: ``"spectral_density"``, ``"top_eigenspace"``, ``"spectral_measure"``,
-        ``"part_densities"`` or ``"trace"``. A `track` takes the memory of `spectral_density` and of
-        `top_eigenspace`, one after the other, and that of the last eigenvectors.
+        ``"part_densities"``, ``"trace"`` or ``"track"``. The plan of a track is that of one of
+        its checkpoints.
       device_bytes: memory for vectors, basis and activations on one device. The default is nine
         tenths of the memory that is free now.
       host_bytes: memory of the host for each of its devices, with the same default.

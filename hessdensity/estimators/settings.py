@@ -276,10 +276,69 @@ class TraceSettings(Settings):
         return [MemoryLayout("device", b, -(-products // b), products, size)]
 
 
+@dataclass(frozen=True)
+class TrackSettings(Settings):
+    """The settings of `Tracker`, which documents them, for each of its checkpoints."""
+
+    computation: ClassVar[str] = "track"
+
+    rank: int = 10
+    which: str = "LA"
+    tolerance: float = EigenspaceSettings.tolerance
+    block_size: int = EigenspaceSettings.block_size
+    max_matvecs: int | None = None
+    density: bool = True
+    num_steps: int = DensitySettings.num_steps
+    num_probes: int = DensitySettings.num_probes
+    deflation_steps: int = DensitySettings.deflation_steps
+
+    def __post_init__(self) -> None:
+        self.eigenspace  # noqa: B018 (its settings check themselves)
+        self.spectrum  # noqa: B018
+
+    @property
+    def eigenspace(self) -> EigenspaceSettings:
+        """The settings of the eigenspace."""
+        return EigenspaceSettings(
+            self.rank,
+            self.which,
+            self.tolerance,
+            self.block_size,
+            max_matvecs=self.max_matvecs,
+        )
+
+    @property
+    def spectrum(self) -> DensitySettings:
+        """The settings of the density."""
+        return DensitySettings(self.num_steps, self.num_probes, self.deflation_steps)
+
+    @property
+    def num_vectors(self) -> int:
+        """The most vectors in a product."""
+        return max(self.block_size, self.num_probes)
+
+    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
+        """The layouts of the density, which runs after the eigenspace and beside its vectors."""
+        (space,) = self.eigenspace.layouts(n, vector_bytes, activations)
+        space = replace(space, device_bytes=space.device_bytes + self.rank * vector_bytes)
+        if not self.density:
+            return [space]
+        return [
+            replace(
+                each,
+                num_passes=each.num_passes + space.num_passes,
+                num_matvecs=each.num_matvecs + space.num_matvecs,
+                device_bytes=max(each.device_bytes + self.rank * vector_bytes, space.device_bytes),
+            )
+            for each in self.spectrum.layouts(n, vector_bytes, activations)
+        ]
+
+
 ALL: Sequence[type[Settings]] = (
     DensitySettings,
     EigenspaceSettings,
     MeasureSettings,
     PartSettings,
     TraceSettings,
+    TrackSettings,
 )

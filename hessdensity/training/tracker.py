@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hessdensity.errors import NonFiniteProductError, RunTerminated
-from hessdensity.estimators.settings import DensitySettings, EigenspaceSettings
+from hessdensity.estimators.settings import TrackSettings
 from hessdensity.estimators.spectral_density import spectral_density
 from hessdensity.estimators.top_eigenspace import top_eigenspace
 from hessdensity.krylov.engine import Step
@@ -68,8 +68,8 @@ class Tracker:
 
     Raises:
       TypeError: ``make_operator`` is not a function, or ``key`` is not a JAX random key.
-      ValueError: ``num_classes`` is not between 1 and the rank. Other settings that are out of
-        range are refused by the first call of `measure`.
+      ValueError: ``num_classes`` is not between 1 and the rank, or another setting is out of range.
+        Settings that do not go with the operator are refused by the first call of `measure`.
 
     Cost: for each checkpoint with the defaults, 180 products for the density, the products of the
     eigenspace, and one pass for the gradient. The closer the last checkpoint, the fewer products
@@ -94,16 +94,16 @@ class Tracker:
         make_operator: Callable[[PyTree], Operator],
         key: jax.Array,
         *,
-        rank: int = 10,
-        which: str = "LA",
-        tolerance: float = EigenspaceSettings.tolerance,
-        block_size: int = EigenspaceSettings.block_size,
+        rank: int = TrackSettings.rank,
+        which: str = TrackSettings.which,
+        tolerance: float = TrackSettings.tolerance,
+        block_size: int = TrackSettings.block_size,
         max_matvecs: int | None = None,
         num_classes: int | None = None,
-        density: bool = True,
-        num_steps: int = DensitySettings.num_steps,
-        num_probes: int = DensitySettings.num_probes,
-        deflation_steps: int = DensitySettings.deflation_steps,
+        density: bool = TrackSettings.density,
+        num_steps: int = TrackSettings.num_steps,
+        num_probes: int = TrackSettings.num_probes,
+        deflation_steps: int = TrackSettings.deflation_steps,
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -120,30 +120,26 @@ class Tracker:
         self._num_classes = num_classes
         self._checkpoint = checkpoint
         self._space_key, self._density_key = jax.random.split(key)
-        self._space_settings: dict[str, Any] = {
-            "rank": rank,
-            "which": which,
-            "tolerance": tolerance,
-            "block_size": block_size,
-            "max_matvecs": max_matvecs,
-        }
-        self._density_settings: dict[str, Any] | None = None
-        if density:
-            self._density_settings = {
-                "num_steps": num_steps,
-                "num_probes": num_probes,
-                "deflation_steps": deflation_steps,
-            }
+        self._settings = TrackSettings(
+            rank,
+            which,
+            tolerance,
+            block_size,
+            max_matvecs,
+            density,
+            num_steps,
+            num_probes,
+            deflation_steps,
+        )
         self._points: list[TrackPoint] = []
         self._eigenspace: Eigenspace | None = None
         self._steps: SavedSteps | None = None
-        self._settings: dict[str, Any] = {
-            "computation": "track",
-            **self._space_settings,
-            **(self._density_settings or {}),
+        self._identity = {
+            "computation": TrackSettings.computation,
+            **self._settings.identity(),
             "key": key_data(key),
         }
-        self._description = {**self._settings, "stopped": None, "versions": versions()}
+        self._description = {**self._identity, "stopped": None, "versions": versions()}
 
     @property
     def track(self) -> Track:
@@ -178,7 +174,7 @@ class Tracker:
             )
         if self._steps is None:
             folder = self._folder("points")
-            self._steps = SavedSteps(folder, operator, self._settings)
+            self._steps = SavedSteps(folder, operator, self._identity)
         point, space = self._saved(step, operator) or self._measured(step, operator)
         kind = describe(operator).get("kind", type(operator).__name__)
         self._description["operator"] = {"kind": kind}
@@ -220,7 +216,7 @@ class Tracker:
         space = top_eigenspace(
             operator,
             key,
-            **self._space_settings,
+            **self._settings.eigenspace.identity(),
             start=self._eigenspace,
             checkpoint=self._folder("eigenspace"),
             progress=False,
@@ -229,11 +225,15 @@ class Tracker:
         return space
 
     def _density(self, operator: Operator) -> SpectralDensity | None:
-        if self._density_settings is None:
+        if not self._settings.density:
             return None
-        folder = self._folder("density")
-        settings = {**self._density_settings, "checkpoint": folder, "progress": False}
-        density = spectral_density(operator, self._density_key, **settings)
+        density = spectral_density(
+            operator,
+            self._density_key,
+            **self._settings.spectrum.identity(),
+            checkpoint=self._folder("density"),
+            progress=False,
+        )
         _refuse_interruption(density.description)
         return density
 

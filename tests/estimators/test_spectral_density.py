@@ -216,7 +216,7 @@ def test_a_product_that_is_not_finite_names_step_and_batch_and_keeps_what_was_co
     batches = [jnp.ones((2, 3)), jnp.ones((2, 3)) * 1e30]
     hessian = hd.Hessian(lambda w, x: jnp.mean(x @ w) ** 2, jnp.ones(3), batches)
     with pytest.raises(
-        hd.NonFiniteProductError, match=r"step 0: .*not finite in batch 1 of 2"
+        hd.NonFiniteProductError, match=r"Step 0: .*not finite in batch 1 of 2"
     ) as caught:
         hd.spectral_density(hessian, key, progress=False)
     assert caught.value.partial is None

@@ -267,7 +267,7 @@ def test_a_product_that_is_not_finite_names_the_pass_and_keeps_the_rest(key):
     ) as caught:
         top(failing(values, 22, lambda v: v * np.nan), key, 6)
     assert caught.value.partial.num_matvecs == 20
-    with pytest.raises(hd.NonFiniteProductError, match="step 0") as caught:
+    with pytest.raises(hd.NonFiniteProductError, match="Step 0") as caught:
         top(failing(values, 0, lambda v: v * np.inf), key, 6)
     assert caught.value.partial is None
 

@@ -223,3 +223,36 @@ def test_settings_that_cannot_be_are_refused(settings, said, key):
         hd.plan(hd.Matrix.from_eigenvalues(jnp.ones(3), key), **settings)
     with pytest.raises(TypeError, match="operator is a int"):
         hd.plan(3)
+
+
+@pytest.mark.parametrize(
+    ("computation", "settings", "products"),
+    [
+        ("spectral_density", {"num_steps": 4, "deflation_steps": 6}, 14),
+        ("top_eigenspace", {"rank": 2, "max_matvecs": 40}, 40),
+        ("spectral_measure", {"num_steps": 9}, 9),
+        ("part_densities", {"num_steps": 4, "num_probes": 3}, 12),
+        ("trace", {"num_matvecs": 20}, 20),
+        ("track", {"rank": 2, "max_matvecs": 40, "num_steps": 4, "deflation_steps": 6}, 54),
+    ],
+)
+def test_every_computation_has_a_plan(computation, settings, products):
+    plan = hd.plan(hessian_of(), computation=computation, **settings, timed=False)
+    assert plan.computation == computation
+    assert plan.chosen.num_matvecs == products
+    assert plan.chosen.device_bytes > plan.activation_bytes > 0
+    assert f"Plan of a {computation.replace('_', ' ')}: 55 weights" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"computation": "spectrum"}, ValueError, "computation='spectrum', expected one of"),
+        ({"computation": "trace"}, TypeError, "plan of trace: num_matvecs= is missing"),
+        ({"rank": 3}, TypeError, "plan of spectral_density: rank= is unknown"),
+        ({"computation": "top_eigenspace", "rank": 56}, ValueError, "rank=56, .* from 1 to 55"),
+    ],
+)
+def test_a_plan_refuses_settings_that_its_computation_does_not_have(settings, error, said):
+    with pytest.raises(error, match=said):
+        hd.plan(hessian_of(), **settings, timed=False)
