@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from .estimate import Estimate
 from .measure import SpectralMeasure
+from .quadrature import Rule
 from .summary import found, summarize
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ class SpectralDensity(SpectralMeasure):
     kind: ClassVar[str] = "density"
     random: ClassVar[bool] = True
 
+    rules: tuple[Rule, ...]
+    """One `Rule` for each probe, each of mass 1."""
+    dimension: int
+    """n, the number of eigenvalues."""
+    num_matvecs: int
+    """The number of products with the operator that were spent."""
+    description: dict[str, Any] = field(default_factory=dict)
+    """The operator's own description, the settings, the versions and the estimated error."""
     eigenspace: Eigenspace | None = None
     """The deflated Ritz vectors, if ``keep_eigenspace`` asked for them. They are not saved."""
 

@@ -243,8 +243,9 @@ class Track:
             (f"gradient in top {rank}", lambda i, m: _number(m.concentration[-1], ".3f")),
             ("overlap", lambda i, m: _number(m.overlap, ".3f")),
             ("products", lambda i, m: f"{spent[i]:,}"),
-            ("not converged", lambda i, m: f"{unsure[i]}" if unsure[i] else ""),
         ]
+        if unsure.any():
+            columns.append(("not converged", lambda i, m: f"{unsure[i]}" if unsure[i] else ""))
         rows = [[name for name, _ in columns]]
         rows += [[cell(i, m) for _, cell in columns] for i, m in enumerate(self.points)]
         stopped = [f"  stopped: {about['stopped']}"] if about.get("stopped") else []
