@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdensity.errors import needs_extra
+from hessdensity.estimators.settings import DensitySettings
 
 try:
     with needs_extra("cli", "the command line"):
@@ -89,19 +90,19 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
 @click.argument("problem")
 @click.option(
     "--num-steps",
-    default=45,
+    default=DensitySettings.num_steps,
     type=click.IntRange(min=1),
     help="Lanczos steps for each probe. They set the resolution.",
 )
 @click.option(
     "--num-probes",
-    default=2,
+    default=DensitySettings.num_probes,
     type=click.IntRange(min=1),
     help="Random starting vectors. They set the precision.",
 )
 @click.option(
     "--deflation-steps",
-    default=90,
+    default=DensitySettings.deflation_steps,
     type=click.IntRange(min=0),
     help="Lanczos steps for deflation. The outliers they find have no probe noise.",
 )

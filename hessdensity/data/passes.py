@@ -49,7 +49,7 @@ class Passes:
         self._source = source
         self._placement = placement or BatchPlacement()
         self._first: tuple[np.ndarray, list[Count]] | None = None
-        self._first_program: Callable[[PyTree], float] | None = None
+        self._first_program: Callable[[PyTree], float | None] | None = None
         self._spreads: dict[Any, float] = {}
         self.num_passes = 0
         """Number of passes compared with the first one, including the first one itself."""
@@ -101,7 +101,7 @@ class Passes:
         return Passes(self._source, self._placement)
 
     def record(
-        self, reports: list[BatchReport], program: Any, mean_loss: Callable[[PyTree], float]
+        self, reports: list[BatchReport], program: Any, mean_loss: Callable[[PyTree], float | None]
     ) -> None:
         """Record a whole pass, and compare it with the first one.
 
@@ -136,8 +136,8 @@ class Passes:
                 # One piece for all three, because the next pass may already give other data.
                 _, piece = next(iter(self))
                 programs = (mean_loss, mean_loss, self._first_program)
-                found = [each(piece) for each in programs]
-                self._spreads[program] = max(found) - min(found)
+                known = [loss for each in programs if (loss := each(piece)) is not None]
+                self._spreads[program] = max(known) - min(known)
             tolerance = max(tolerance, 8 * self._spreads[program])
             differing = _differing(losses, counts, self._first, tolerance)
         if differing:

@@ -231,15 +231,13 @@ def part_densities(
         progress=progress,
         vectors_per_product=num_parts,
     )
-    probes = random_block(key, 0, num_probes, hessian.like)
-    engine = LanczosEngine(lanczos.init(trees.join([probes] * num_parts), num_steps))
-    run.bar.total = num_probes * engine.state.num_steps
+    run.total = num_probes * min(num_steps, dimension)
 
-    def compute() -> None:
-        for _ in run.drive(engine):
-            pass
+    def make() -> LanczosEngine:
+        probes = random_block(key, 0, num_probes, hessian.like)
+        return LanczosEngine(lanczos.init(trees.join([probes] * num_parts), num_steps))
 
-    def answer() -> PartDensities:
+    def answer(engine: LanczosEngine) -> PartDensities:
         rules = [gauss_rule(each) for each in tridiagonals(engine.state)]
         densities = tuple(
             SpectralDensity(
@@ -254,7 +252,7 @@ def part_densities(
         counts = np.array(description["operator"]["part_counts"], float)
         return PartDensities(densities, counts, run.num_matvecs, description)
 
-    return run.execute(compute, answer)
+    return run.execute_engine(make, answer)
 
 
 class _Parts(Wrapper):

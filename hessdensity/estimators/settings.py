@@ -245,7 +245,7 @@ class PartSettings(Settings):
         m = min(self.num_steps, n)
         all_probes = self.num_parts * self.num_probes
         size = all_probes * (_whole(m) + _WORKING) * vector_bytes + activations
-        return [MemoryLayout("device", all_probes, m, self.num_probes * m, size)]
+        return [MemoryLayout("device", self.num_probes, m, self.num_probes * m, size)]
 
 
 @dataclass(frozen=True)

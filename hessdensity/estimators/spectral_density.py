@@ -123,7 +123,7 @@ def spectral_density(
     _check_kept(settings, keep_eigenspace)
     run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
     layout = _layout(run, settings, keep_eigenspace)
-    run.bar.total = layout.num_matvecs
+    run.total = layout.num_matvecs
     density = DensityRun(run, key, settings, layout)
 
     def compute() -> None:

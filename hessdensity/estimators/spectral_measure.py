@@ -69,16 +69,11 @@ def spectral_measure(
 
     others = {"vector": fingerprint(vector)}
     run = Run(operator, settings, others=others, checkpoint=checkpoint, progress=progress)
-    engine = LanczosEngine(lanczos.init(direction, num_steps))
-    run.bar.total = engine.state.num_steps
+    run.total = min(num_steps, dimension)
 
-    def compute() -> None:
-        for _ in run.drive(engine):
-            pass
-
-    def answer() -> SpectralMeasure:
+    def answer(engine: LanczosEngine) -> SpectralMeasure:
         (tridiagonal,) = tridiagonals(engine.state)
         description = run.describe(norm=norm, num_steps=engine.num_done)
         return SpectralMeasure((gauss_rule(tridiagonal),), dimension, run.num_matvecs, description)
 
-    return run.execute(compute, answer)
+    return run.execute_engine(lambda: LanczosEngine(lanczos.init(direction, num_steps)), answer)

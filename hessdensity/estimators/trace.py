@@ -16,6 +16,8 @@ from hessdensity.spectra.estimate import Estimate
 from .settings import TraceSettings
 from .trace_engines import ExactEngine, NystromEngine, RangeEngine, TraceEngine
 
+_LARGEST = 20_000  # dimensions of a matrix that is kept as a whole
+
 
 @dataclass(frozen=True, eq=False)
 class TraceEstimate(Estimate):
@@ -104,30 +106,27 @@ def trace(
     """
     dimension = check(operator, key)
     settings = TraceSettings(num_matvecs, semidefinite, block_size)
-
+    if num_matvecs >= dimension > _LARGEST:
+        raise ValueError(
+            f"num_matvecs={num_matvecs}, at least n = {dimension:,}: the dense matrix would take "
+            f"{8e-9 * dimension**2:.3g} GB on the host; expected fewer products than n."
+        )
     run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
-    engine: TraceEngine
-    if num_matvecs >= dimension:
-        engine = ExactEngine(operator.like, block_size, semidefinite)
-        run.bar.total = dimension
-    elif semidefinite:
-        engine = NystromEngine(operator.like, key, num_matvecs, block_size)
-        run.bar.total = num_matvecs
-    else:
-        count = num_matvecs // 2
-        engine = RangeEngine(operator.like, key, count, block_size)
-        run.bar.total = 2 * count
+    count = num_matvecs if semidefinite else num_matvecs // 2
+    run.total = dimension if num_matvecs >= dimension else num_matvecs // count * count
 
-    def compute() -> None:
-        for _ in run.drive(engine):
-            pass
+    def make() -> TraceEngine:
+        if num_matvecs >= dimension:
+            return ExactEngine(operator.like, block_size, semidefinite)
+        kind = NystromEngine if semidefinite else RangeEngine
+        return kind(operator.like, key, count, block_size)
 
-    def answer() -> TraceEstimate:
+    def answer(engine: TraceEngine) -> TraceEstimate:
         value, error, freedom = engine.estimate()
         about = run.describe(num_matvecs=run.num_matvecs)
         return TraceEstimate(*_interval(value, error, freedom), run.num_matvecs, about)
 
-    return run.execute(compute, answer)
+    return run.execute_engine(make, answer)
 
 
 def _interval(value: float, error: float, freedom: float) -> tuple[float, float, float, float]:

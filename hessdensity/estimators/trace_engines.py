@@ -71,32 +71,37 @@ class ExactEngine(_Products):
     def __init__(self, like: Vector, block_size: int, semidefinite: bool) -> None:
         super().__init__(like, block_size)
         self._semidefinite = semidefinite
-        self._rows = np.zeros((0, self._dimension))
+        self._matrix = np.zeros((self._dimension, self._dimension))
+        self._known = 0  # rows
 
     @property
     def complete(self) -> bool:
         """Whether the whole matrix is known."""
-        return len(self._rows) == self._dimension
+        return self._known == self._dimension
 
     def request(self) -> Block:
         """The next unit vectors."""
-        count = min(self._block_size, self._dimension - len(self._rows))
-        return trees.unravel(np.eye(count, self._dimension, len(self._rows)), self._like)
+        count = min(self._block_size, self._dimension - self._known)
+        return trees.unravel(np.eye(count, self._dimension, self._known), self._like)
 
     def _use(self, product: Block) -> None:
-        self._rows = np.concatenate([self._rows, trees.ravel(product).astype(float)])
+        count = trees.count(product)
+        self._matrix[self._known : self._known + count] = trees.ravel(product)
+        self._known += count
 
     def estimate(self) -> tuple[float, float, float]:
         """The trace. Before all rows are known, the known diagonal entries are scaled up."""
         if not self.complete:
-            return _mean_of(self._dimension * np.diag(self._rows))
-        gap = refuse_asymmetric(self._rows)
-        rounding = self._epsilon * float(np.linalg.norm(self._rows))
+            # The first entries are not a random sample: nothing bounds the others.
+            diagonal = np.diag(self._matrix)[: self._known]
+            return float(self._dimension * diagonal.mean()), np.inf, 1
+        gap = refuse_asymmetric(self._matrix)
+        rounding = self._epsilon * float(np.linalg.norm(self._matrix))
         if self._semidefinite:
-            lowest = float(np.linalg.eigvalsh((self._rows + self._rows.T) / 2)[0])
+            lowest = float(np.linalg.eigvalsh((self._matrix + self._matrix.T) / 2)[0])
             if lowest < -max(_SHIFT * rounding, gap):
                 raise ValueError(exchangeable.NEGATIVE.format(lowest))
-        return float(np.trace(self._rows)), rounding, np.inf
+        return float(np.trace(self._matrix)), rounding, np.inf
 
 
 class _Range:
@@ -237,6 +242,8 @@ class NystromEngine(_Products):
         """XNysTrace from the test vectors multiplied so far."""
         k = self._core.shape[1]
         core = self._core[:k]
+        if k < 2:
+            return _mean_of(self._dimension * np.diag(core))
         asymmetry = refuse_asymmetric(core)
         size = float(np.linalg.norm(self._range.factors))
         if not size:

@@ -6,3 +6,4 @@ from .criteria import next_token_cross_entropy as next_token_cross_entropy
 from .risk import EmpiricalRisk as EmpiricalRisk
 from .total import Loss as Loss
 from .total import Total as Total
+from .total import batch_total as batch_total

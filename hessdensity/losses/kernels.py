@@ -6,9 +6,10 @@ the loss of the batch, and ``sums`` is a pytree of sums over the examples of the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +60,24 @@ def divide(tree: PyTree, count: Count) -> PyTree:
 def refuses_forward(error: TypeError) -> bool:
     """Whether an error is JAX's own refusal of forward mode through a custom_vjp."""
     return "forward-mode" in str(error) and "custom_vjp" in str(error)
+
+
+def mean_loss(
+    risk: weakref.ref[Any], kernel: Kernel, shapes: list[PyTree], piece: PyTree
+) -> float | None:
+    """The mean loss of a piece of data, computed by the program of a kernel.
+
+    Two programs round differently, which shows in bfloat16, and some operations differ from run to
+    run. The loss does not depend on the kernel's arguments, so zeros replace them.
+
+    Args:
+      risk: an `EmpiricalRisk`. If it is gone, the result is None.
+      kernel: the kernel.
+      shapes: its arguments and the zero of its sum, abstract.
+      piece: a batch, or a piece of it.
+    """
+    if (alive := risk()) is None:
+        return None
+    arguments, zero = trees.zeros(shapes)
+    _, report = add_batch(kernel, alive.loss, alive.params, piece, arguments, zero)
+    return report.total.item() / (report.count.item() or 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from .kernels import (
     add_batch,
     divide,
     gradient_kernel,
+    mean_loss,
     refuses_forward,
 )
 from .total import Loss, as_partial, check_loss, is_whole
@@ -63,6 +65,7 @@ class EmpiricalRisk:
         whose batches must not be cut.
 
     Example:
+      >>> from hessdensity.losses import batch_total
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2)
       >>> def squares(loss, params, batch):
       ...     return batch_total(loss, params, batch), jnp.sum(batch**2, axis=0)
@@ -123,7 +126,8 @@ class EmpiricalRisk:
 
         Cost: one pass over the data.
         """
-        ((total,),), (count,) = self.sum_parts(kernel, [[arguments]], [[zero]], what=what)
+        arrays = jax.tree.map(jnp.asarray, arguments)
+        ((total,),), (count,) = self.sum_parts(kernel, [[arrays]], [[zero]], what=what)
         return total, count
 
     def sum_parts(
@@ -161,7 +165,7 @@ class EmpiricalRisk:
             return totals, report
 
         self._refuse_shuffled(num_parts)
-        totals, reports = self._pass(step, zeros, (kernel, arguments[0][0]), what)
+        totals, reports = self._pass(step, zeros, (kernel, arguments[0][0], zeros[0][0]), what)
         self._refuse_shuffled(num_parts)
         counts = [
             sum(r.count.item() for r in reports[part::num_parts]) for part in range(num_parts)
@@ -223,7 +227,7 @@ class EmpiricalRisk:
                 pending[:] = index, sums, report.count
             return value, report
 
-        value, reports = self._pass(step, initial, (kernel, calls[0]), what, finish)
+        value, reports = self._pass(step, initial, (kernel, calls[0], None), what, finish)
         return value, [report.count.item() for report in reports]
 
     def gradient(self, offset: Vector | None = None) -> Vector:
@@ -340,22 +344,24 @@ class EmpiricalRisk:
         self,
         step: Callable[[T, int, PyTree], tuple[T, BatchReport]],
         total: T,
-        program: tuple[Kernel, tuple[PyTree, ...]],
+        program: tuple[Kernel, tuple[PyTree, ...], PyTree],
         what: str,
         finish: Callable[[T], T] = lambda value: value,
     ) -> tuple[T, list[BatchReport]]:
         """One pass, compared with the first: the last total, and one report for each batch.
 
-        ``program`` is the kernel that computes the losses in the reports, and its arguments.
+        ``program`` is the kernel that computes the losses in the reports, its arguments, and the
+        zero that its sum starts from.
         """
-        kernel, arguments = program
+        kernel, *arrays = program
+        shapes = trees.abstract(arrays)
         with jax.default_matmul_precision(self.precision):
             total, reports = self.passes.accumulate(step, total)
             total = finish(total)
             total_count(reports, what)
-            # Abstract arguments: this function is kept, and must not keep vectors in memory.
-            mean_loss = partial(self._mean_loss, kernel, trees.abstract(arguments))
-            self.passes.record(reports, kernel, mean_loss)
+            # This function is kept: it must hold neither vectors nor, in a circle, the parameters.
+            loss_of = partial(mean_loss, weakref.ref(self), kernel, shapes)
+            self.passes.record(reports, (kernel, repr(shapes)), loss_of)
         return total, reports
 
     def _add(
@@ -380,16 +386,6 @@ class EmpiricalRisk:
         if shapes not in self._checked:
             check_loss(self.loss, self.params, batch)
             self._checked.add(shapes)
-
-    def _mean_loss(self, kernel: Kernel, arguments: PyTree, piece: PyTree) -> float:
-        """The mean loss of a piece of data, computed by the program of a kernel.
-
-        Two programs round differently, which shows in bfloat16, and some operations differ from run
-        to run. The loss does not depend on the kernel's arguments, so zeros replace them.
-        """
-        zeros = trees.zeros(arguments)
-        _, report = add_batch(kernel, self.loss, self.params, piece, zeros, None)
-        return report.total.item() / (report.count.item() or 1)
 
     def _refuse_shuffled(self, num_parts: int) -> None:
         if num_parts > 1 and self.passes.shuffled:

@@ -32,7 +32,8 @@ class Wrapper:
 
     def __getattr__(self, name: str) -> Any:
         # Python calls this only for a name that neither the instance nor its class has.
-        if name in OPTIONAL_MEMBERS:
+        # Not `restrict`: a block of the wrapped operator would lose what the wrapper does.
+        if name in OPTIONAL_MEMBERS and name != "restrict":
             return getattr(self._operator, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -86,6 +87,9 @@ class Restricted(Wrapper):
         selection = select(operator.like, where)
         restrict = getattr(operator, "restrict", None)
         super().__init__(restrict(where) if restrict else _Padded(operator, selection))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operator, name) if name == "restrict" else super().__getattr__(name)
 
     def describe(self) -> dict[str, Any]:
         """The description of the operator, and the leaves of this block."""

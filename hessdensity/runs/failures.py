@@ -105,5 +105,6 @@ def undisturbed() -> Iterator[None]:
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)
-        for which, frame in waiting[:1]:
+        # SIGTERM first: it ends the program, and a Ctrl-C may not.
+        for which, frame in sorted(waiting, key=lambda each: each[0] != signal.SIGTERM)[:1]:
             held[signal.Signals(which)](which, frame)

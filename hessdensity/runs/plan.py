@@ -153,8 +153,8 @@ class Plan:
         remarks = []
         if len({layout.probes_at_once for layout in self.layouts}) > 1:
             remarks.append(
-                "  Probes that run together share the passes over the data. If they run one after "
-                "the other, they share the memory of one basis."
+                "  Probes that run together share the passes over the data.\n"
+                "  If they run one after the other, they share the memory of one basis."
             )
         if any(layout.basis == "none" for layout in self.layouts):
             remarks.append("  Without a basis the same number of products finds fewer outliers.")

@@ -31,6 +31,7 @@ from .steps import SavedSteps, versions
 logger = logging.getLogger("hessdensity")
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Engine)
 
 
 class Run:
@@ -75,7 +76,11 @@ class Run:
         self._settings = settings
         self._checkpoint = checkpoint
         self._vectors_per_product = vectors_per_product
-        self.bar = make_bar(self.computation.replace("_", " "), None, progress)
+        self.total: int | None = None
+        """The number of products in all, if it is known before the computation."""
+        self._progress = progress
+        self.bar: Any = None
+        """The progress bar, while the computation is under way."""
 
     def drive(self, engine: Engine) -> Iterator[None]:
         """Do the remaining steps of an engine, and yield after each of them.
@@ -86,10 +91,12 @@ class Run:
         while not engine.complete:
             if found := self.steps.take():
                 step, products = found
-                engine.replay(step)
-                self.count(products, read_back=True)
+                with undisturbed():
+                    engine.replay(step)
+                    self.count(products, read_back=True)
             else:
-                block = engine.request()
+                with undisturbed():
+                    block = engine.request()
                 product = multiply(self.operator, block, engine.num_done)
                 jax.block_until_ready(product)
                 with undisturbed():
@@ -113,6 +120,7 @@ class Run:
           compute: does the steps, by `drive`.
           answer: returns the result of the steps done so far.
         """
+        self.bar = make_bar(self.computation.replace("_", " "), self.total, self._progress)
         with (
             contextlib.closing(self.bar),
             self.steps.kept(),
@@ -126,12 +134,29 @@ class Run:
                 if not self.num_matvecs:
                     raise
                 self.stop(f"interrupted after {plural(self.num_matvecs, 'product')}")
-            except (NonFiniteProductError, RunTerminated) as error:
-                if isinstance(error, RunTerminated):
-                    self.stopped = f"terminated after {plural(self.num_matvecs, 'product')}"
+            except NonFiniteProductError as error:
                 error.partial = answer() if self.num_matvecs else None
                 raise
+            except RunTerminated as error:
+                self.stopped = f"terminated after {plural(self.num_matvecs, 'product')}"
+                # With several processes the others may be in another step, so that a result which
+                # needs them all would never come.
+                if self.num_matvecs and jax.process_count() == 1:
+                    with contextlib.suppress(Exception):  # the program ends in any case
+                        error.partial = answer()
+                raise
         return answer()
+
+    def execute_engine(self, make: Callable[[], E], answer: Callable[[E], T]) -> T:
+        """`execute` with one engine. It is made inside, because it may exhaust the memory."""
+        engines: list[E] = []
+
+        def compute() -> None:
+            engines.append(make())
+            for _ in self.drive(engines[0]):
+                pass
+
+        return self.execute(compute, lambda: answer(engines[0]))
 
     def stop(self, reason: str) -> None:
         """Record why the computation ends early, and log it."""

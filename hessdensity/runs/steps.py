@@ -67,7 +67,7 @@ class SavedSteps:
         self._like = operator.like
         self._least_vectors = least_vectors
         self._store = None if checkpoint is None else StepStore(checkpoint)
-        self._settings = _plain({**settings, "vectors": signature(self._like)})
+        self._settings = plain({**settings, "vectors": signature(self._like)})
         self.decisions: dict[str, Any] = {}
         """Choices that depended on the machine (free memory). A resumed run repeats them."""
         self._saved: dict[str, Any] | None = None
@@ -93,7 +93,7 @@ class SavedSteps:
         self._unchecked = True
         self.decisions = saved["decisions"]
         # The mode of differentiation is not known yet. An operator finds it in its first product.
-        known = _plain(describe(self._operator))
+        known = plain(describe(self._operator))
         known.pop("mode", None)
         self._compare({"settings": self._settings, "operator": known})
 
@@ -129,7 +129,7 @@ class SavedSteps:
         """
         if self._store is None:
             return
-        about = _plain(describe(self._operator))
+        about = plain(describe(self._operator))
         if about.get("shuffled"):
             raise RuntimeError(
                 f"checkpoint={str(self._path)!r}: the data come in another order in every pass, so "
@@ -149,7 +149,7 @@ class SavedSteps:
             scalars["about"] = {
                 "format": FORMAT,
                 "settings": self._settings,
-                "decisions": _plain(self.decisions),
+                "decisions": plain(self.decisions),
                 "operator": about,
                 "versions": versions(),
             }
@@ -166,7 +166,7 @@ class SavedSteps:
         if set(self._saved["operator"]) <= set(describe(self._operator)):
             return
         jax.block_until_ready(self._operator @ trees.zeros(self._like, self._least_vectors))
-        self._compare({"operator": _plain(describe(self._operator))})
+        self._compare({"operator": plain(describe(self._operator))})
         self._unchecked = False
 
     def finish(self) -> None:
@@ -207,7 +207,7 @@ class SavedSteps:
         assert self._saved is not None
         found: list[str] = []
         for part, values in now.items():
-            found += _differences(self._saved[part], values, f"{part}.")
+            found += differences(self._saved[part], values, f"{part}.")
         if found:
             raise ValueError(
                 f"checkpoint={str(self._path)!r} belongs to another computation: "
@@ -216,23 +216,23 @@ class SavedSteps:
             )
 
 
-def _plain(value: dict[str, Any]) -> dict[str, Any]:
+def plain(value: dict[str, Any]) -> dict[str, Any]:
     """The value after it was written to JSON and read back."""
 
     def convert(other: Any) -> Any:
         return other.item() if isinstance(other, np.generic) else str(other)
 
-    plain: dict[str, Any] = json.loads(json.dumps(value, default=convert))
-    return plain
+    result: dict[str, Any] = json.loads(json.dumps(value, default=convert))
+    return result
 
 
-def _differences(saved: Any, now: Any, name: str) -> list[str]:
+def differences(saved: Any, now: Any, name: str) -> list[str]:
     """The differences of two plain values. Entries that only one dictionary has do not count."""
     if isinstance(saved, dict) and isinstance(now, dict):
         found: list[str] = []
         for key in saved:
             if key in now:
-                found += _differences(saved[key], now[key], f"{name}{key}.")
+                found += differences(saved[key], now[key], f"{name}{key}.")
         return found
     name = name.rstrip(".")
     if _are_numbers(saved) and _are_numbers(now):

@@ -13,7 +13,7 @@ from hessdensity.spectra.archive import Contents
 from hessdensity.spectra.quadrature import Rule
 
 FORMAT = "hessdensity.Track"
-VERSION = 1
+VERSION = 2
 
 _PREFIX = "column_"
 _ARRAYS = ("nodes", "weights", "residuals")

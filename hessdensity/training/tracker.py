@@ -16,21 +16,23 @@ from hessdensity.errors import NonFiniteProductError, RunTerminated
 from hessdensity.estimators.settings import TrackSettings
 from hessdensity.estimators.spectral_density import spectral_density
 from hessdensity.estimators.top_eigenspace import top_eigenspace
-from hessdensity.krylov.engine import Step
 from hessdensity.operators.algebra import CountingOperator
 from hessdensity.operators.protocol import Operator, check_key, describe
-from hessdensity.runs.failures import terminable
+from hessdensity.runs.failures import explained, terminable
+from hessdensity.runs.memory import free_memory
+from hessdensity.runs.plan import plan_from_sizes
 from hessdensity.runs.progress import make_bar
 from hessdensity.runs.run import key_data
-from hessdensity.runs.steps import SavedSteps, versions
+from hessdensity.runs.steps import versions
 from hessdensity.spectra.density import SpectralDensity
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.spectra.subspaces import norm, overlap
 from hessdensity.text import plural
-from hessdensity.vectors.trees import PyTree
+from hessdensity.vectors import trees
+from hessdensity.vectors.trees import PyTree, Vector
 
-from . import track_archive
 from .gradient import gradient_concentration
+from .saved_points import SavedPoints
 from .track import Track, TrackPoint, check_k
 
 logger = logging.getLogger("hessdensity")
@@ -133,7 +135,7 @@ class Tracker:
         )
         self._points: list[TrackPoint] = []
         self._eigenspace: Eigenspace | None = None
-        self._steps: SavedSteps | None = None
+        self._saved: SavedPoints | None = None
         self._identity = {
             "computation": TrackSettings.computation,
             **self._settings.identity(),
@@ -144,7 +146,7 @@ class Tracker:
     @property
     def track(self) -> Track:
         """The track of all checkpoints measured so far."""
-        about = dict(self._description)
+        about = {**self._description, "seconds": sum(point.seconds for point in self._points)}
         return Track(tuple(self._points), self._eigenspace, self._num_classes, about)
 
     def measure(self, step: float, params: PyTree) -> TrackPoint:
@@ -172,10 +174,14 @@ class Tracker:
                 f"make_operator returned a {type(operator).__name__}; expected an operator, as "
                 "from lambda params: hd.Hessian(loss, params, data)."
             )
-        if self._steps is None:
-            folder = self._folder("points")
-            self._steps = SavedSteps(folder, operator, self._identity)
-        point, space = self._saved(step, operator) or self._measured(step, operator)
+        if self._saved is None and self._checkpoint is not None:
+            like = trees.abstract(operator.like)
+            self._saved = SavedPoints(self._checkpoint, like, self._identity)
+        found = None if self._saved is None else self._saved.take(len(self._points), step, operator)
+        if found is None:
+            self.check_data()
+            found = self._measured(step, operator)
+        point, space = found
         kind = describe(operator).get("kind", type(operator).__name__)
         self._description["operator"] = {"kind": kind}
         self._eigenspace = space
@@ -184,12 +190,17 @@ class Tracker:
 
     def _measured(self, step: float, operator: Operator) -> tuple[TrackPoint, Eigenspace]:
         """Measure one checkpoint, and save the results when they are complete."""
-        began = time.perf_counter()
-        with make_bar(f"step {step:,.10g}", None, self._progress, leave=False) as bar:
+        began, free = time.perf_counter(), free_memory(operator.like)
+
+        def plan() -> str:
+            return str(plan_from_sizes(operator, self._settings, free))
+
+        bar = make_bar(f"step {step:,.10g}", None, self._progress, leave=False)
+        with bar, explained(plan, self._checkpoint):
             counting = CountingOperator(operator, bar.update)
             space = self._next_eigenspace(counting)
             density = self._density(counting)
-            gradient = operator.gradient() if hasattr(operator, "gradient") else None
+            gradient = self._gradient(operator)
         length = math.nan if gradient is None else norm(gradient)
         concentration = np.full(space.rank, np.nan)
         if length > 0:  # at a stationary point, the gradient has no direction and no shares
@@ -207,7 +218,8 @@ class Tracker:
             num_matvecs=space.num_matvecs,
             seconds=time.perf_counter() - began,
         )
-        self._save(point, space, operator)
+        if self._saved is not None:
+            self._saved.add(len(self._points), point, space, operator)
         return point, space
 
     def _next_eigenspace(self, operator: Operator) -> Eigenspace:
@@ -224,6 +236,14 @@ class Tracker:
         _refuse_interruption(space.description)
         return space
 
+    def _gradient(self, operator: Operator) -> Vector | None:
+        if not hasattr(operator, "gradient"):
+            return None
+        try:
+            return operator.gradient()
+        except FloatingPointError as error:
+            raise NonFiniteProductError(len(self._points), str(error)) from error
+
     def _density(self, operator: Operator) -> SpectralDensity | None:
         if not self._settings.density:
             return None
@@ -237,48 +257,18 @@ class Tracker:
         _refuse_interruption(density.description)
         return density
 
-    # On disk: one folder has the measured points, and two have the steps of the current point. ----
-
     def _folder(self, name: str) -> str | None:
-        return None if self._checkpoint is None else f"{self._checkpoint}/{name}"
+        return None if self._saved is None else self._saved.folder(len(self._points), name)
 
-    def _saved(self, step: float, operator: Operator) -> tuple[TrackPoint, Eigenspace] | None:
-        """The measurements of the next checkpoint, or None if they are not on disk."""
-        if self._steps is None or not (found := self._steps.take()):
-            return None
-        (vectors, scalars), _ = found
-        now = {"step": float(step), "params": describe(operator).get("params")}
-        for name, value in now.items():
-            if scalars[name] != value:
-                raise ValueError(
-                    f"checkpoint={str(self._checkpoint)!r}: checkpoint number {len(self._points)} "
-                    f"had {name} {scalars[name]!r}, now {value!r}. Give the same checkpoints in "
-                    "the same order, or another folder."
-                )
-        density = track_archive.density_from_json(scalars["density"])
-        point = TrackPoint.of(scalars["columns"], density)
-        pairs = point.values, vectors, point.residuals, point.converged
-        return point, Eigenspace(*pairs, point.num_matvecs)
+    def check_data(self) -> None:
+        """Refuse other data than those of the points that were read from ``checkpoint``.
 
-    def _save(self, point: TrackPoint, space: Eigenspace, operator: Operator) -> None:
-        """Save a point, and delete the steps that led to it."""
-        if self._steps is None or self._checkpoint is None:
-            return
-        from etils import epath
+        `track` calls it at the end, and `measure` before it measures a new point.
 
-        contents = point.density.contents() if point.density else None
-        scalars = {
-            "step": point.step,
-            "params": describe(operator).get("params"),
-            "columns": point.columns(),
-            "density": track_archive.density_as_json(contents),
-        }
-        self._steps.add(Step(space.vectors, scalars), point.num_matvecs)
-        self._steps.finish()
-        for name in ("eigenspace", "density"):
-            folder = epath.Path(self._folder(name))
-            if folder.exists() and jax.process_index() == 0:
-                folder.rmtree()
+        Cost: a product of the last of these points, once.
+        """
+        if self._saved is not None:
+            self._saved.check_data()
 
     def stop(self, reason: str) -> None:
         """Record why the track ends early, and log it."""
@@ -337,6 +327,7 @@ def track(
                         "a pair (step, params)."
                     )
                 tracker.measure(*checkpoint)
+            tracker.check_data()
         except (NonFiniteProductError, RunTerminated) as error:
             error.partial = tracker.track if len(tracker.track) else None
             raise

@@ -129,8 +129,9 @@ def orthonormalize(
     along = np.zeros((basis.size, factors.shape[1]))
     fresh = np.zeros(len(factors), bool)  # random vectors that replace negligible directions
     epsilon, dtype = trees.epsilon(block), trees.scalar_dtype(block)
-    for sweep in range(_MOST_SWEEPS):
-        if sweep and len(remainder) > room:
+    rotated = False  # only then are the longest directions those that hold the most
+    for _ in range(_MOST_SWEEPS):
+        if rotated and len(remainder) > room:
             lengths = np.linalg.norm(remainder, axis=1)
             longest = np.sort(np.argsort(-lengths, kind="stable")[:room])
             block = jax.tree.map(lambda leaf, rows=longest: leaf[rows], block)
@@ -154,6 +155,7 @@ def orthonormalize(
         gram = np.asarray(_gram(block), float)
         inverse_root, root, symmetric = _roots(gram, epsilon)
         block = _rotate(block, jnp.asarray(inverse_root, dtype))
+        rotated = True
         remainder = root @ remainder
         fresh &= symmetric  # otherwise each new vector is a combination of all
         # The correction is of second order in the change: after a small one rounding error is left.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import hessdensity as hd
-from hessdensity.losses.total import batch_total
+from hessdensity.losses import batch_total
 
 
 def problem(rng, sizes=(8, 8, 3)):

@@ -49,8 +49,9 @@ class Plain:
 def test_a_wrapper_has_an_optional_member_if_and_only_if_its_operator_has_it(name):
     wrappers = [Wrapper, lambda operator: CountingOperator(operator, lambda count: None)]
     for wrap in wrappers:
-        assert hasattr(wrap(hessian()), name)
-        assert hasattr(wrap(wrap(hessian())), name)
+        # A block of the wrapped operator would lose what the wrapper does.
+        assert hasattr(wrap(hessian()), name) == (name != "restrict")
+        assert hasattr(wrap(wrap(hessian())), name) == (name != "restrict")
         assert hasattr(wrap(Plain()), name) == (name == "describe")
     with pytest.raises(AttributeError, match="'Wrapper' object has no attribute 'like_this'"):
         Wrapper(hessian()).like_this  # noqa: B018
@@ -71,20 +72,14 @@ def test_products_are_counted_in_vectors_and_singles_stay_single(key):
 def test_a_principal_block_of_a_hessian_is_its_where(whole):
     block, alone = hd.Restricted(whole(), "a"), hessian(where="a")
     np.testing.assert_allclose(hd.dense(block), hd.dense(alone), atol=1e-6)
-    np.testing.assert_array_equal(block.gradient()["a"], alone.gradient()["a"])
+    np.testing.assert_allclose(block.gradient()["a"], alone.gradient()["a"], atol=1e-6)
     assert block.gradient()["b"] is None
-    assert block.temporary_bytes(2) == alone.temporary_bytes(2)
+    assert block.temporary_bytes(2) > 0
     assert block.describe()["restricted_to"] == ["a"]
 
 
 def test_a_padded_block_selects_parameters_and_gradients():
-    class Unrestrictable(Wrapper):
-        def __getattr__(self, name):
-            if name == "restrict":
-                raise AttributeError(name)
-            return super().__getattr__(name)
-
-    block, alone = hd.Restricted(Unrestrictable(hessian()), "a"), hessian(where="a")
+    block, alone = hd.Restricted(Wrapper(hessian()), "a"), hessian(where="a")
     np.testing.assert_allclose(hd.dense(block), hd.dense(alone), atol=1e-6)
     offset = {"a": jnp.ones((6, 5)), "b": None}
     for arguments in ((), (offset,)):
@@ -125,3 +120,14 @@ def test_the_planner_inside_of_a_track_chooses_as_outside(key, monkeypatch):
     )
     assert outside.description["basis"] == "none"
     assert track.densities[0].description["basis"] == "none"
+
+
+def test_a_principal_block_of_a_wrapper_keeps_what_the_wrapper_does():
+    class Damped(Wrapper):
+        def __matmul__(self, block):
+            return jax.tree.map(lambda x, y: x + 10 * y, self._operator @ block, block)
+
+    damped = Damped(hessian())
+    whole = hd.dense(damped)
+    block = hd.dense(hd.Restricted(damped, "a"))
+    np.testing.assert_allclose(block, whole[:30, :30], atol=1e-5)
