@@ -76,8 +76,8 @@ def spectral_density(
         as the density exists.
       checkpoint: a folder in which every step is saved. Its vectors and scalars take the space of
         the basis once. Calling again with the same arguments resumes the run, even in the middle of
-        a probe and on another number of devices. This works after Ctrl-C, after SIGTERM (which ends
-        the process within seconds) and after a crash. The result is identical to that of an
+        a probe and on another number of devices. This works after Ctrl-C, after SIGTERM (see
+        `RunTerminated`) and after a crash. The result is identical to that of an
         uninterrupted run, bit for bit if the operator's products are. Another number of devices
         changes it by rounding. With several processes, all of them must see the folder. Their
         number may change, but together they must have the same batches as before. With a complete

@@ -6,7 +6,9 @@ checkpoints and early stopping belong to the loop.
 
 In exact arithmetic each recurrence builds
 
-    A V = V T + beta_m v_m e_m^T,    V^T V = I,    T tridiagonal (Lanczos 1950).
+    A V = V T + beta_{m-1} v_m e_{m-1}^T,    V^T V = I,    T tridiagonal (Lanczos 1950),
+
+with the columns v_0 .. v_{m-1} of V, alpha_j on the diagonal of T and beta_j beside it.
 
 Rounding destroys the orthogonality as soon as a Ritz value converges (Paige 1976). So every new
 vector is orthogonalized again, against all earlier ones. Without a stored basis the Gauss rules

@@ -140,7 +140,7 @@ class SpectralMeasure:
         return Estimate(value, error, lower, upper)
 
     def expectation(self, f: Callable[[np.ndarray], Any]) -> Estimate:
-        """Mean of ``f`` over the eigenvalues, tr f(H) / n.
+        """Mean of ``f``: g.f(H)g / |g|^2 for the measure of g, tr f(H) / n for a density.
 
         Args:
           f: an elementwise function of an array of nodes, such as ``np.log1p``.
@@ -163,7 +163,7 @@ class SpectralMeasure:
         return self._statistics.signed_expectation(values)
 
     def moment(self, k: int) -> Estimate:
-        """tr(H^k) / n, in eigenvalue units to the power k.
+        """Mean of the k-th power, in eigenvalue units to the power k.
 
         Quadrature is exact up to k = 2 num_steps - 1.
         """

@@ -49,9 +49,9 @@ class Rule:
 class Tridiagonal(NamedTuple):
     """The tridiagonal matrix T of a Lanczos recurrence of j steps, on the host.
 
-    It satisfies A V^T = V^T T + beta v_j e_j^T + Q^T coupling^T for the operator A. The rows of V
-    are the Lanczos vectors. The rows of Q are the r vectors that the recurrence was kept orthogonal
-    to.
+    It satisfies A V = V T + beta v_j e_{j-1}^T + Q coupling^T for the operator A. The columns of V
+    are the Lanczos vectors v_0 .. v_{j-1}. The columns of Q are the r vectors that the recurrence
+    was kept orthogonal to.
     """
 
     diagonal: np.ndarray
