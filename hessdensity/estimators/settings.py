@@ -1,6 +1,7 @@
 """The settings of every computation, which are the only place where a default stands.
 
 Settings are checked when they are made. They know how much memory their computation can take.
+They are never compared or printed. The methods for that would only take time at import.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SMALL = 1000
 _WORKING = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class DensitySettings(Settings):
     """The settings of `spectral_density`, which documents them."""
 
@@ -133,7 +134,7 @@ def _whole(steps: int) -> int:
     return -(-steps // CHUNK) * CHUNK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class EigenspaceSettings(Settings):
     """The settings of `top_eigenspace`, which documents them."""
 
@@ -202,7 +203,7 @@ class EigenspaceSettings(Settings):
         return [MemoryLayout("device", known.block_size, passes, known.max_matvecs, size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MeasureSettings(Settings):
     """The settings of `spectral_measure`, which documents them."""
 
@@ -220,7 +221,7 @@ class MeasureSettings(Settings):
         return [MemoryLayout("device", 1, m, m, size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PartSettings(Settings):
     """The settings of `part_densities`, which documents them."""
 
@@ -248,7 +249,7 @@ class PartSettings(Settings):
         return [MemoryLayout("device", self.num_probes, m, self.num_probes * m, size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TraceSettings(Settings):
     """The settings of `trace`, which documents them."""
 
@@ -276,7 +277,7 @@ class TraceSettings(Settings):
         return [MemoryLayout("device", b, -(-products // b), products, size)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class TrackSettings(Settings):
     """The settings of `Tracker`, which documents them, for each of its checkpoints."""
 
