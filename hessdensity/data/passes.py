@@ -50,7 +50,7 @@ class Passes:
         self._placement = placement or BatchPlacement()
         self._first: tuple[np.ndarray, list[Count]] | None = None
         self._first_program: Callable[[PyTree], float | None] | None = None
-        self._spreads: dict[Any, float] = {}
+        self._spreads: dict[str, float] = {}
         self.num_passes = 0
         """Number of passes compared with the first one, including the first one itself."""
         self.shuffled = False
@@ -101,16 +101,18 @@ class Passes:
         return Passes(self._source, self._placement)
 
     def record(
-        self, reports: list[BatchReport], program: Any, mean_loss: Callable[[PyTree], float | None]
+        self,
+        reports: list[BatchReport],
+        program: Callable[[], tuple[str, Callable[[PyTree], float | None]]],
     ) -> None:
         """Record a whole pass, and compare it with the first one.
 
         Args:
           reports: one for each batch, in order.
-          program: identifies the program that has computed the losses; hashable.
-          mean_loss: computes the mean loss of a piece of data by that program. It is called on the
+          program: returns the name of the program that has computed the losses, and a function
+            that computes the mean loss of a piece of data by it. That function is called on the
             first piece, and only if losses differ by more than float32 rounding. Rounding is taken
-            to explain as much as this value varies from run to run, and from this program to the
+            to explain as much as its value varies from run to run, and from this program to the
             program of the first pass.
 
         Raises:
@@ -123,7 +125,7 @@ class Passes:
         self.num_passes += 1
         if self._first is None or self._first_program is None:
             self._first = losses, counts
-            self._first_program = mean_loss
+            self._first_program = program()[1]
             return
         # Never as large as the rounding unit of bfloat16, with which a different subset of the data
         # would go unnoticed.
@@ -132,13 +134,14 @@ class Passes:
         tolerance = 64 * epsilon * float(np.mean(np.abs(self._first[0])))
         differing = _differing(losses, counts, self._first, tolerance)
         if differing:
-            if program not in self._spreads:
+            name, mean_loss = program()
+            if name not in self._spreads:
                 # One piece for all three, because the next pass may already give other data.
                 _, piece = next(iter(self))
                 programs = (mean_loss, mean_loss, self._first_program)
                 known = [loss for each in programs if (loss := each(piece)) is not None]
-                self._spreads[program] = max(known) - min(known)
-            tolerance = max(tolerance, 8 * self._spreads[program])
+                self._spreads[name] = max(known) - min(known)
+            tolerance = max(tolerance, 8 * self._spreads[name])
             differing = _differing(losses, counts, self._first, tolerance)
         if differing:
             self._explain(losses, counts, differing[0], tolerance)

@@ -354,14 +354,17 @@ class EmpiricalRisk:
         zero that its sum starts from.
         """
         kernel, *arrays = program
-        shapes = trees.abstract(arrays)
+
+        def recipe() -> tuple[str, Callable[[PyTree], float | None]]:
+            # What is kept of it must hold neither vectors nor, in a circle, the parameters.
+            shapes = trees.abstract(arrays)
+            return repr((kernel, shapes)), partial(mean_loss, weakref.ref(self), kernel, shapes)
+
         with jax.default_matmul_precision(self.precision):
             total, reports = self.passes.accumulate(step, total)
             total = finish(total)
             total_count(reports, what)
-            # This function is kept: it must hold neither vectors nor, in a circle, the parameters.
-            loss_of = partial(mean_loss, weakref.ref(self), kernel, shapes)
-            self.passes.record(reports, (kernel, repr(shapes)), loss_of)
+            self.passes.record(reports, recipe)
         return total, reports
 
     def _add(
