@@ -24,7 +24,7 @@ from hessdensity.vectors.orthogonalize import orthonormalize
 from hessdensity.vectors.random import random_block
 from hessdensity.vectors.trees import Block, Vector
 
-from .lanczos import ASYMMETRY
+from .engine import refuse_asymmetric
 
 
 class Ritz(NamedTuple):
@@ -146,12 +146,7 @@ class BlockLanczos:
         # T is symmetric where both products are known.
         gaps = matrix[np.ix_(done, chosen)] - matrix[np.ix_(chosen, done)].T
         gap = np.linalg.norm(gaps, axis=0).max()
-        if gap > ASYMMETRY * norm:
-            raise ValueError(
-                "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu "
-                f"differ by {gap / norm:.2g} of its norm. Examine it with "
-                "hd.verify_operator(operator, key)."
-            )
+        refuse_asymmetric(float(gap), float(norm))
         vectors = new if remainder.size else None
         return Columns(vectors, remainder, along, float(norm), self._num_drawn)
 

@@ -47,6 +47,21 @@ class Engine(Protocol):
         """The number of steps done."""
 
 
+ASYMMETRY = 0.05
+"""A gap between u.Hv and v.Hu counts as an asymmetric operator from this share of its norm on. It
+is far above the rounding error of a model in bfloat16, and far below a rule that is not a
+derivative."""
+
+
+def refuse_asymmetric(gap: float, norm: float) -> None:
+    """Raise ValueError if u.Hv and v.Hu are too far apart for a symmetric operator."""
+    if gap > ASYMMETRY * norm:
+        raise ValueError(
+            "the operator is not symmetric, or not the same in every product: u.Hv and v.Hu differ "
+            f"by {gap / norm:.2g} of its norm. Examine it with hd.verify_operator(operator, key)."
+        )
+
+
 def multiply(operator: Any, block: Block, step: int) -> Block:
     """The product of an operator with a block, after checks.
 

@@ -30,14 +30,7 @@ from hessdensity.vectors.basis import CHUNK, STORAGES, Basis, chunks_of
 from hessdensity.vectors.orthogonalize import orthogonalize, orthogonalize_locally, project_out
 from hessdensity.vectors.trees import Block
 
-from .engine import Step, multiply
-
-ASYMMETRY = 0.05
-"""An operator with a larger asymmetry, relative to its norm, counts as not symmetric.
-
-The value is far above the rounding error of a model in bfloat16, and far below the asymmetry of a
-rule that is not a derivative.
-"""
+from .engine import ASYMMETRY, Step, multiply
 
 _SCALARS = ("diagonal", "off_diagonal", "deflation_coupling", "rounding_error")
 

@@ -20,7 +20,7 @@ VERSION = 3
 
 _FORMATS = {"density": "hessdensity.SpectralDensity", "measure": "hessdensity.SpectralMeasure"}
 _NAMES = {"density": "a spectral density", "measure": "the measure of a vector"}
-_COLUMNS = ("nodes", "weights", "residuals")
+COLUMNS = ("nodes", "weights", "residuals")
 T = TypeVar("T")
 
 
@@ -76,7 +76,7 @@ def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     """Any number of rules as a few arrays, which hold one rule after the other."""
     columns = {
         name: np.concatenate([np.zeros(0), *(getattr(rule, name) for rule in rules)])
-        for name in _COLUMNS
+        for name in COLUMNS
     }
     return {
         "lengths": np.array([rule.nodes.size for rule in rules], int),
@@ -88,7 +88,7 @@ def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
 
 def unpack(saved: dict[str, Any]) -> tuple[Rule, ...]:
     """The inverse of `pack`."""
-    columns = [np.split(saved[name], np.cumsum(saved["lengths"]))[:-1] for name in _COLUMNS]
+    columns = [np.split(saved[name], np.cumsum(saved["lengths"]))[:-1] for name in COLUMNS]
     # Version 1 did not store the coupling.
     coupling = saved.get("coupling", np.zeros(len(saved["lengths"])))
     rows = zip(*columns, saved["num_deflated"], coupling, strict=True)

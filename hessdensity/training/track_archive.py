@@ -16,7 +16,6 @@ FORMAT = "hessdensity.Track"
 VERSION = 2
 
 _PREFIX = "column_"
-_ARRAYS = ("nodes", "weights", "residuals")
 
 
 class TrackContents(NamedTuple):
@@ -67,7 +66,7 @@ def density_as_json(contents: Contents | None) -> dict[str, Any] | None:
     if contents is None:
         return None
     rules = [
-        {name: getattr(rule, name).tolist() for name in _ARRAYS}
+        {name: getattr(rule, name).tolist() for name in archive.COLUMNS}
         | {"num_deflated": rule.num_deflated, "coupling": rule.coupling}
         for rule in contents.rules
     ]
