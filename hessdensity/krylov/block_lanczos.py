@@ -8,6 +8,10 @@ of the products with respect to Z. T is not assumed to be symmetric. So the resi
     H V s - theta V s = Z (T s - theta [s; 0]).
 
 Z is kept on the device in chunks of fixed size, and T is kept on the host.
+
+T, the Ritz values and their residuals are in units of `scale`, a power of two near the norm of the
+first products. So their squares neither overflow nor underflow, whatever the size of the operator,
+and the scaling itself does not round.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from .engine import refuse_asymmetric
 
 
 class Ritz(NamedTuple):
-    """Ritz pairs (theta_i, Z s_i), in ascending order of theta_i."""
+    """Ritz pairs (theta_i, Z s_i), in ascending order of theta_i, in units of the scale."""
 
     values: np.ndarray
     """(m,): theta_i, where m is the number of vectors done."""
@@ -38,10 +42,15 @@ class Ritz(NamedTuple):
     """(m,): norms of H Z s_i - theta_i Z s_i."""
     coupling: np.ndarray
     """(pending vectors, m): components of the residuals along the pending vectors."""
+    noise: np.ndarray
+    """(m,): norms of the parts of the residuals that come from errors of the products alone."""
 
 
 class Columns(NamedTuple):
-    """The columns of T and the vectors of Z that the products of some vectors add to H V = Z T."""
+    """The columns of T and the vectors of Z that the products of some vectors add to H V = Z T.
+
+    The numbers are in units of ``scale``.
+    """
 
     vectors: Block | None
     """The new vectors of Z, or None if the products add none."""
@@ -53,18 +62,22 @@ class Columns(NamedTuple):
     """The norm of the operator, as far as it is known."""
     num_drawn: int
     """The number of random vectors drawn so far."""
+    scale: float
+    """The unit of the numbers, or 0 as long as all products are zero."""
 
     def scalars(self) -> dict[str, Any]:
         """All fields except the vectors, in types that JSON can hold."""
         arrays = {"remainder": self.remainder.tolist(), "along": self.along.tolist()}
-        return {**arrays, "norm": self.norm, "num_drawn": self.num_drawn}
+        numbers = {"norm": self.norm, "num_drawn": self.num_drawn, "scale": self.scale}
+        return {**arrays, **numbers}
 
     @staticmethod
     def of(vectors: Block | None, scalars: dict[str, Any]) -> Columns:
         """The inverse of `scalars`."""
         along = np.asarray(scalars["along"], float)
         remainder = np.asarray(scalars["remainder"], float).reshape(-1, along.shape[1])
-        return Columns(vectors, remainder, along, scalars["norm"], scalars["num_drawn"])
+        numbers = (scalars["norm"], scalars["num_drawn"], scalars["scale"])
+        return Columns(vectors, remainder, along, *numbers)
 
 
 class BlockLanczos:
@@ -73,16 +86,19 @@ class BlockLanczos:
     Args:
       like: shapes, dtypes and shardings of one vector.
       key: random key of the fresh random vectors.
+      basis_storage: where Z is kept: ``"device"``, or ``"host"`` for its full chunks.
     """
 
-    def __init__(self, like: Vector, key: jax.Array) -> None:
+    def __init__(self, like: Vector, key: jax.Array, basis_storage: str = "device") -> None:
         self.like = like = trees.abstract(like)
         self.dimension = trees.size(like)
         self.done = np.zeros(0, bool)
         """(size of Z,) bool: whether the product of a vector is known."""
+        self.scale = 0.0
+        """The unit of T, of the Ritz pairs and of the norm. It is 0 until a product is not zero."""
         self.norm = 0.0
         """A lower bound of ||H||: the largest norm of a product, or size of a Ritz value."""
-        self._basis = Basis()  # Z
+        self._basis = Basis(offload=basis_storage == "host")  # Z
         self._matrix = np.zeros((0, 0))  # T, whose columns are zero for pending vectors
         self._dropped = np.zeros((0, 0))  # Gram matrix of the parts of T that restarts dropped
         self._ritz: Ritz | None = None
@@ -105,15 +121,19 @@ class BlockLanczos:
         """Positions in Z of the pending vectors, with the latest last."""
         return np.flatnonzero(~self.done)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Block) -> np.ndarray:
         """Extend Z by the span of a block, as pending vectors.
 
         Directions that Z contains already are replaced by random ones.
+
+        Returns:
+          (new vectors, k): coefficients of the unit vectors of the block on the new vectors.
         """
         block, norms = trees.unit(block)
         present = np.diag(np.sign(np.asarray(norms, float)))
-        vectors, *_ = self._orthonormalize(block, present, 64 * self._epsilon)
+        vectors, remainder, _ = self._orthonormalize(block, present, 64 * self._epsilon)
         self._append(vectors)
+        return remainder
 
     def add_random(self, count: int) -> None:
         """Extend Z by fresh random vectors, as pending ones, as far as the space has room."""
@@ -138,9 +158,13 @@ class BlockLanczos:
         lengths = np.asarray(norms, float)
         if not np.all(np.isfinite(lengths)):
             raise FloatingPointError(NOT_FINITE)
+        scale = self.scale or _power_of_two(lengths.max())
+        lengths = lengths / (scale or 1.0)
         norm = max(self.norm, lengths.max())
-        # H Z_chosen = Z along + W remainder
-        negligible = 8 * self._epsilon * norm
+        # H Z_chosen = Z along + W remainder. Only the length of these products tells which
+        # directions are rounding error. Compared with the norm of H, the products in the bulk of a
+        # spectrum with a far outlier are small altogether.
+        negligible = 8 * self._epsilon * lengths.max()
         new, remainder, along = self._orthonormalize(product, np.diag(lengths), negligible)
         matrix, done = self._with_columns(chosen, along)
         # T is symmetric where both products are known.
@@ -148,7 +172,7 @@ class BlockLanczos:
         gap = np.linalg.norm(gaps, axis=0).max()
         refuse_asymmetric(float(gap), float(norm))
         vectors = new if remainder.size else None
-        return Columns(vectors, remainder, along, float(norm), self._num_drawn)
+        return Columns(vectors, remainder, along, float(norm), self._num_drawn, scale)
 
     def join(self, chosen: np.ndarray, columns: Columns) -> int:
         """Mark the chosen vectors as done, and add the new vectors of their products as pending.
@@ -158,6 +182,7 @@ class BlockLanczos:
         matrix, done = self._with_columns(chosen, columns.along)
         first = len(matrix)
         self.norm = columns.norm
+        self.scale = columns.scale
         self._num_drawn = columns.num_drawn
         if columns.vectors is not None:
             self._append(columns.vectors)
@@ -176,20 +201,31 @@ class BlockLanczos:
         done[chosen] = True
         return matrix, done
 
+    def products(self) -> tuple[np.ndarray, np.ndarray]:
+        """(V^T H V, components of H V along the pending vectors), in eigenvalue units."""
+        known = self._matrix[:, self.done] * self.scale
+        return known[self.done], known[~self.done]
+
     def ritz(self) -> Ritz:
-        """The Ritz pairs of V: eigenpairs of the symmetric part of V^T H V."""
+        """The Ritz pairs of V: eigenpairs of the symmetric part of V^T H V.
+
+        The other part of V^T H V, and what restarts have dropped, are zero for exact products.
+        Their share of a residual is the noise of the pair. No further product changes it.
+        """
         if self._ritz is not None:
             return self._ritz
         square = self._matrix[np.ix_(self.done, self.done)]
         values, inner = np.linalg.eigh((square + square.T) / 2)
+        skew = (square - square.T) / 2 @ inner
         self.norm = max(self.norm, np.abs(values).max(initial=0))
         vectors = np.zeros((self.size, values.size))
         vectors[self.done] = inner
         # R = T S - [S; 0] Theta, plus the parts of T's columns that restarts have dropped.
         rest = self._matrix @ vectors - vectors * values
-        squares = (rest**2).sum(0) + (vectors * (self._dropped @ vectors)).sum(0)
-        residuals = np.sqrt(np.maximum(squares, 0))
-        self._ritz = Ritz(values, vectors, residuals, rest[~self.done])
+        lost = np.maximum((vectors * (self._dropped @ vectors)).sum(0), 0)
+        residuals = np.sqrt((rest**2).sum(0) + lost)
+        noise = np.sqrt((skew**2).sum(0) + lost)
+        self._ritz = Ritz(values, vectors, residuals, rest[~self.done], noise)
         return self._ritz
 
     def restart(self, kept: np.ndarray) -> None:
@@ -202,6 +238,9 @@ class BlockLanczos:
         Args:
           kept: columns of `Ritz.vectors`, (size of Z, number kept).
         """
+        # The layout in memory decides how BLAS rounds. With one layout, rotations from a file give
+        # the same bits as those that were just computed.
+        kept = np.ascontiguousarray(kept)
         rotation = np.concatenate([kept, np.eye(self.size)[:, self.pending]], axis=1)
         columns = self._matrix @ kept
         inside = rotation.T @ columns
@@ -245,3 +284,8 @@ class BlockLanczos:
     def _draw(self, count: int) -> Block:
         self._num_drawn += count
         return random_block(self._key, self._num_drawn - count, count, self.like)
+
+
+def _power_of_two(length: float) -> float:
+    """The power of two below a length, or 0 if the length is 0."""
+    return float(np.ldexp(1.0, int(np.frexp(length)[1]) - 1)) if length else 0.0

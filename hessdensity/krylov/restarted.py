@@ -14,6 +14,7 @@ from hessdensity.vectors.random import random_block
 from hessdensity.vectors.trees import Block, Vector
 
 from .block_lanczos import BlockLanczos, Columns
+from .convergence import Convergence
 from .engine import Step
 
 MERIT = {"LM": np.abs, "LA": np.positive, "SA": np.negative}
@@ -27,10 +28,13 @@ _NOISE = 0.01
 # converge before it has seen any new direction.
 _FEWEST_WARM = 3
 
-# Fewest and most steps of a search for copies. It may take half of the run's steps, if that is
-# more.
+# Fewest and most steps of a search for copies. It takes at least one more where copies were seen,
+# and it may take half of the run's steps, if that is more.
 _FEWEST = 2
 _MOST = 8
+
+# Largest residual, as a share of its size, of a pair at the far end that a restart keeps.
+_CONVERGED = 1e-3
 
 # A search ends when its Ritz values stay below the wanted ones by this many residuals.
 _MARGIN = 1.5
@@ -53,7 +57,8 @@ class RestartedLanczos:
       key: random key of the random vectors.
       rank: number of eigenpairs to find.
       which: a key of `MERIT`.
-      tolerance: a pair has converged when its residual is at most tolerance x ||H||.
+      tolerance: a pair has converged when its residual is at most tolerance x the size of its
+        value, and the value has come to rest (`Convergence`).
       block_size: number of vectors in a product.
       basis_size: largest number of vectors in the basis.
     """
@@ -69,19 +74,19 @@ class RestartedLanczos:
         basis_size: int,
     ) -> None:
         self._rank = rank
-        self._tolerance = tolerance
         self._merit = MERIT[which]
         self._block_size = block_size
         self._basis_size = basis_size
         fresh, self._key = jax.random.split(key)
         self._z = BlockLanczos(like, fresh)
+        self._judge = Convergence(tolerance, trees.epsilon(like))
         self._chosen: np.ndarray | None = None  # positions of the vectors to multiply next
         self._rotations: list[np.ndarray] = []  # of the restarts since the last step
         self._saved_rotations: list[Any] = []  # of the step that is being replayed
         self._num_newest = 0  # number of pending vectors from the last step or fresh block
         self._believed: np.ndarray | None = None  # the wanted values when the search began
         self._searched = 0  # number of steps done in the search
-        self._most = 0  # the largest number of steps of the search
+        self._fewest = self._most = 0  # the fewest and the most steps of the search
         self._searching = self._search_begins = False
         self.num_matvecs = self.num_passes = self.num_converged = 0
         self._fewest_passes = 1
@@ -110,6 +115,16 @@ class RestartedLanczos:
         self._z.add(trees.add(combine(chunks_of(given), factors, self._z.like), scaled))
         self._z.add_random(self._block_size - count)
         self._fewest_passes = _FEWEST_WARM
+
+    @property
+    def noise(self) -> float | None:
+        """The largest residual over the norm, if the run ended at the products' noise."""
+        return self._judge.noise
+
+    @property
+    def floor(self) -> float:
+        """The rounding floor of residuals, in eigenvalue units."""
+        return float(self._judge.floor * self._z.scale)
 
     @property
     def num_done(self) -> int:
@@ -150,17 +165,16 @@ class RestartedLanczos:
         self._chosen = None
         self.num_matvecs += chosen.size
         self.num_passes += 1
-        self._judge()
+        self._decide()
 
     def pairs(self) -> Pairs:
         """The wanted pairs as they are now."""
         ritz = self._z.ritz()
-        wanted = self._wanted()
-        wanted = wanted[np.argsort(-ritz.values[wanted], kind="stable")]
-        residuals = ritz.residuals[wanted]
-        converged = residuals <= self._tolerance * self._z.norm
+        wanted = self._descending()
+        scale = self._z.scale
         vectors = self._z.combine(ritz.vectors[:, wanted])
-        return Pairs(ritz.values[wanted], vectors, residuals, converged)
+        values = ritz.values[wanted] * scale
+        return Pairs(values, vectors, ritz.residuals[wanted] * scale, self._judge.converged)
 
     def _choose(self) -> np.ndarray:
         """Positions of the pending vectors to multiply next."""
@@ -171,8 +185,10 @@ class RestartedLanczos:
                 # Choose the directions in which the residuals of the unconverged pairs lie. These
                 # are all pending vectors, except after a search.
                 ritz = self._z.ritz()
-                wanted = self._wanted()
-                open_pairs = wanted[ritz.residuals[wanted] > self._tolerance * self._z.norm]
+                wanted = self._descending()
+                open_pairs = wanted[~self._judge.converged]
+                if not open_pairs.size:
+                    open_pairs = wanted
                 weight = np.linalg.norm(ritz.coupling[:, open_pairs], axis=1)
                 heaviest = np.argsort(-weight, kind="stable")[: self._block_size]
                 self._chosen = self._z.pending[np.sort(heaviest)]
@@ -183,38 +199,48 @@ class RestartedLanczos:
         merit = self._merit(self._z.ritz().values)
         return np.argsort(-merit, kind="stable")[: count or self._rank]
 
-    def _judge(self) -> None:
+    def _descending(self) -> np.ndarray:
+        """Positions of the wanted Ritz pairs, with the largest value first."""
+        wanted = self._wanted()
+        return wanted[np.argsort(-self._z.ritz().values[wanted], kind="stable")]
+
+    def _decide(self) -> None:
         """Decide whether all wanted pairs have converged and others are unlikely to exist."""
         z = self._z
         ritz = z.ritz()
-        wanted = self._wanted()
-        close = self._tolerance * z.norm
-        self.num_converged = int(np.sum(ritz.residuals[wanted] <= close))
+        wanted = self._descending()
+        values = ritz.values[wanted]
+        judge = self._judge
         self.complete = not z.pending.size  # the products of the whole space are known
+        judge.look(values, ritz.residuals[wanted], ritz.noise[wanted], z.norm, self.complete)
+        self.num_converged = int(judge.converged.sum())
         too_early = self.num_passes < self._fewest_passes
+        if judge.noise is not None and not too_early:
+            self.complete = True
         if self.num_converged < self._rank or too_early or self.complete:
             self._searching = False
             return
-        values = np.sort(ritz.values[wanted])
+        close = judge.targets(values)
         unchanged = self._believed is not None and bool(
             np.all(np.abs(values - self._believed) <= close)
         )
-        if self._searching and unchanged and self._may_still_enter(wanted, close):
+        if self._searching and unchanged and self._may_still_enter(wanted):
             return
         # A block of b vectors finds at most b copies of an eigenvalue. If it finds b, there may be
         # more. A fresh block, orthogonal to everything that was found, is then followed for some
         # steps.
-        sure = ritz.values[ritz.residuals <= close]
+        sure = ritz.values[ritz.residuals <= judge.targets(ritz.values)]
         copies = np.sum(np.abs(sure[:, None] - values) <= close, axis=0)
         if unchanged or copies.max() < self._block_size:
             self.complete = True
             return
         self._believed = values
         self._searched = 0
+        self._fewest = _FEWEST + int(copies.max() > 1)
         self._most = max(_MOST, self.num_passes // 2)
         self._searching = self._search_begins = True
 
-    def _may_still_enter(self, wanted: np.ndarray, close: float) -> bool:
+    def _may_still_enter(self, wanted: np.ndarray) -> bool:
         """Whether a Ritz value of the search may still exceed a wanted one, given its residual."""
         self._searched += 1
         ritz = self._z.ritz()
@@ -224,8 +250,10 @@ class RestartedLanczos:
         along = ritz.coupling[ritz.coupling.shape[0] - self._num_newest :]
         reach = merit + _MARGIN * np.linalg.norm(along, axis=0)
         others = np.setdiff1d(np.arange(merit.size), wanted)
-        may_enter = bool(np.any(reach[others] > merit[wanted].min() + close))
-        undecided = self._searched < _FEWEST or may_enter
+        last = wanted[np.argmin(merit[wanted])]
+        least = merit[last] + self._judge.targets(ritz.values[[last]])
+        may_enter = bool(np.any(reach[others] > least))
+        undecided = self._searched < self._fewest or may_enter
         return undecided and self._searched < self._most and self._num_newest > 0
 
     def _make_room(self) -> None:
@@ -242,13 +270,28 @@ class RestartedLanczos:
         size = self._block_size
         if z.size + min(size, z.room) <= self._basis_size:
             return
-        # Half of the room keeps more pairs than are wanted, because the next steps build on them.
-        spare = (self._basis_size - self._rank - 2 * size) // 2
-        most = min(self._rank + spare, self._basis_size - z.pending.size - size)
-        kept = max(self._rank, most)
-        if kept < z.ritz().values.size:
-            rotation = z.ritz().vectors[:, self._wanted(kept)]
+        kept = self._kept()
+        if kept.size < z.ritz().values.size:
+            rotation = z.ritz().vectors[:, kept]
             if len(self._rotations) < len(self._saved_rotations):
                 rotation = np.asarray(self._saved_rotations[len(self._rotations)], float)
             self._rotations.append(rotation)
             z.restart(rotation)
+
+    def _kept(self) -> np.ndarray:
+        """Positions of the Ritz pairs that a restart keeps.
+
+        Half of the room keeps more pairs than are wanted, because the next steps build on them. Of
+        this, up to a half is for converged pairs at the far end that are larger than the wanted
+        ones. If they were dropped, rounding error would bring them back, at the cost of a product
+        or more for each of them after every restart.
+        """
+        ritz = self._z.ritz()
+        size = np.abs(ritz.values)
+        most = self._basis_size - self._z.pending.size - self._block_size - self._rank
+        room = min((self._basis_size - self._rank - 2 * self._block_size) // 2, most)
+        largest = np.argsort(-size, kind="stable")
+        far = (ritz.residuals <= _CONVERGED * size) & (size > size[self._wanted()].max())
+        kept = largest[far[largest]][: max(room // 2, 0)]
+        near = self._wanted(self._rank + max(room - kept.size, 0))
+        return np.concatenate([near, np.setdiff1d(kept, near)])

@@ -48,7 +48,13 @@ class Eigenspace:
     An eigenvalue of H lies within this distance of the value.
     """
     converged: np.ndarray
-    """(rank,) bool: whether the residual meets the tolerance of the run that found the pair."""
+    """(rank,) bool: whether the pair met the tolerance of the run that found it.
+
+    The residual is then at most tolerance x |value|, or at the rounding error of products with
+    this operator, epsilon x max|lambda|. It is smaller than |value|, unless the value is a zero to
+    this rounding error. The value was at rest: the last pass moved it by at most tolerance x
+    |value|. `print` remarks on pairs that are limited by rounding.
+    """
     num_matvecs: int
     """The number of products that were spent, counted in vectors."""
     num_passes: int = 0
@@ -129,7 +135,7 @@ class Eigenspace:
         rows = [("", "eigenvalue", "residual", "")]
         columns = zip(self.values, self.residuals, self.converged, strict=True)
         for i, (value, residual, converged) in enumerate(columns, start=1):
-            remark = "" if converged else "not converged"
+            remark = self._remark(abs(value), residual, converged)
             rows.append((f"{i}", f"{value:.6g}", f"{residual:.2g}", remark))
         passes = f" in {self.num_passes} passes" if self.num_passes else ""
         seconds = f", {about['seconds']:.1f} s" if "seconds" in about else ""
@@ -143,3 +149,14 @@ class Eigenspace:
                 *stopped,
             ]
         )
+
+    def _remark(self, size: float, residual: float, converged: bool) -> str:
+        """What limits a pair, given the size of its value and its residual."""
+        about = self.description
+        if not converged:
+            unknown = "not converged: the residual exceeds the value"
+            return unknown if residual >= size else "not converged"
+        if "rounding" not in about or residual <= about["tolerance"] * size:
+            return ""
+        limit = f"the rounding error, {about['rounding']:.2g}"
+        return f"zero to {limit}" if residual >= size else f"converged to {limit}"
