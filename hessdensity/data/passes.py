@@ -165,13 +165,19 @@ class Passes:
                 )
             self.shuffled = True
             return
+        hint = ""
+        if same_total:
+            hint = (
+                " If the loader only shuffles, the loss is not a mean over examples: examine the "
+                "Hessian with hd.verify_operator(hessian, key)."
+            )
         raise RuntimeError(
             f"data: pass {self.num_passes} differs from pass 1, first in batch {batch}: "
             f"{_said(losses, counts, batch)}, was {_said(expected, expected_counts, batch)}. The "
             f"whole pass has {sum(counts)} examples of mean loss {mean:.9g}, was "
             f"{sum(expected_counts)} examples of mean loss {expected_mean:.9g}. All products must "
             "use the same data. Fix the subset of examples, and switch off augmentation and "
-            "dropout."
+            f"dropout.{hint}"
         )
 
     def describe(self) -> dict[str, Any]:

@@ -22,6 +22,9 @@ class Engine(Protocol):
     """A computation by reverse communication. It asks for products and never calls an operator.
 
     ``while not engine.complete: engine.take(operator @ engine.request())``
+
+    An engine that measures how far the products are from symmetric also has ``asymmetry``, a share
+    of the operator's norm. `hessdensity.runs.run.Run` warns if rounding does not explain it.
     """
 
     @property

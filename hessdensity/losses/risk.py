@@ -99,6 +99,7 @@ class EmpiricalRisk:
         self.like = trees.abstract(self.params)
         """Shapes, dtypes and shardings of one vector of parameters."""
         self.precision = precision
+        self.whole_batch = is_whole(loss)
         self.mode = FORWARD_OVER_REVERSE
         """How second derivatives are taken; see `differentiate`."""
         self.passes = data

@@ -94,10 +94,22 @@ def check_loss(loss: Loss, params: PyTree, batch: PyTree) -> None:
 
 
 def is_whole(loss: Any) -> bool:
-    """Whether a loss has an attribute ``whole_batch = True``: its batches must not be cut."""
-    while isinstance(loss, partial) and not hasattr(loss, "whole_batch"):
-        loss = loss.func
-    return bool(getattr(loss, "whole_batch", False))
+    """Whether a loss has an attribute ``whole_batch = True``: its batches must not be cut.
+
+    The attribute may be that of the function, of an object that is called, or of the object whose
+    method is called. It is found through ``functools.partial``, ``jax.jit`` and all other wrappers
+    that have ``__wrapped__``. If several layers have it, the outermost one decides.
+    """
+    layers = [loss]
+    for layer in layers:  # the list grows
+        if hasattr(layer, "whole_batch"):
+            return bool(layer.whole_batch)
+        inner = [getattr(layer, name, None) for name in ("__wrapped__", "__self__")]
+        if isinstance(layer, partial):
+            inner.append(layer.func)
+        known = {id(each) for each in (None, *layers)}
+        layers.extend(each for each in inner if id(each) not in known)
+    return False
 
 
 def as_partial(loss: Loss) -> jax.tree_util.Partial:

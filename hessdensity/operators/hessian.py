@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hessdensity.data.passes import Count
+from hessdensity.losses import additivity, composition
 from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, divide, refuses_forward
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss
@@ -35,9 +35,10 @@ class Hessian:
 
     Args:
       loss: ``loss(params, batch)``, the mean over the batch's examples, or a `Total` if examples
-        are masked or weighted. Batches may be cut into pieces, unless the loss has an attribute
-        ``loss.whole_batch = True``. Set it if the examples of a batch depend on each other (batch
-        statistics), as the adapters do.
+        are masked or weighted. Batches may be cut into pieces, unless the loss, or the object whose
+        method it is, has an attribute ``whole_batch = True``. Set it if the examples of a batch
+        depend on each other (batch statistics, contrastive losses), as the adapters do. A product
+        cannot tell a mean from a sum; `verify_operator` does.
       params: pytree of parameters. float16 and bfloat16 leaves become float32 here, because their
         tangents must be float32. A model that computes in a shorter dtype still does so.
       data: batches that can be iterated twice: a list, `batches`, a loader object, or a function
@@ -206,6 +207,18 @@ class Hessian:
         """
         return {"kind": "Hessian", **self.risk.describe()}
 
+    def composition(self) -> composition.Composition:
+        """The custom derivative rules and the short dtypes of the model. Reads one batch."""
+        risk = self.risk
+        return composition.compose(risk.loss, risk.params, risk.first_piece(), risk.precision)
+
+    def additivity(self) -> additivity.Additivity:
+        """Whether the loss is a mean over examples: the loss of batches against that of parts.
+
+        Reads three batches, and evaluates the loss twice on each of them.
+        """
+        return additivity.examine(self.risk, self.composition())
+
     def temporary_bytes(self, num_vectors: int) -> int:
         """Bytes on each device that a product needs in addition to its arguments and results.
 
@@ -256,10 +269,9 @@ class Hessian:
         )
         size = np.asarray(trees.norm(block) * trees.norm(again)) + right
         if np.any(np.abs(left - right) > _ASYMMETRY * size):
-            jaxpr = jax.make_jaxpr(self.risk.loss)(self.params, self.risk.first_piece())
-            rules = sorted(set(re.findall(r"custom_vjp_call\S*\s+name=(\w+)", str(jaxpr))))
+            rules = ", ".join(self.composition().rules) or "a rule of JAX"
             raise ValueError(
-                f"loss: a custom_vjp rule in the model ({', '.join(rules)}) is not the derivative "
+                f"loss: a custom_vjp rule in the model ({rules}) is not the derivative "
                 "of a function that can be differentiated twice, so there is no Hessian: v.H(Hv) = "
                 f"{left}, but Hv.Hv = {right}. Leave the rule out of the loss, or use a plain JAX "
                 "implementation of the operation."

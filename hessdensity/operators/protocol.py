@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from hessdensity.losses.composition import Composition
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import Block, Vector
 
@@ -33,6 +34,8 @@ OPTIONAL_MEMBERS = {
     "temporary_bytes": "(num_vectors) -> int: memory of a product beside vectors and weights",
     "params": "the parameters at which derivatives are taken, a vector",
     "gradient": "(offset=None) -> vector: gradient of the loss at params + offset",
+    "composition": "() -> Composition: rules and dtypes that can make products asymmetric",
+    "additivity": "() -> Additivity: whether the loss is a mean over examples",
 }
 """Members that are used if an operator has them. A `Wrapper` forwards them."""
 
@@ -86,3 +89,9 @@ def describe(operator: Operator) -> dict[str, Any]:
     """The operator's own description, or the name of its class."""
     own = getattr(operator, "describe", None)
     return dict(own()) if own else {"kind": type(operator).__name__}
+
+
+def composition_of(operator: Any) -> Composition:
+    """The composition of the operator's model, or an empty one if it does not tell."""
+    own = getattr(operator, "composition", None)
+    return own() if own else Composition()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ import numpy as np
 
 from hessdensity.errors import NonFiniteProductError, RunTerminated
 from hessdensity.krylov.engine import Engine, multiply
-from hessdensity.operators.protocol import Operator
+from hessdensity.losses.composition import Composition
+from hessdensity.operators.protocol import Operator, composition_of
 from hessdensity.text import plural
 from hessdensity.vectors import trees
 
@@ -32,6 +34,8 @@ logger = logging.getLogger("hessdensity")
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
+
+_ENOUGH_STEPS = 10  # the first steps see little of the asymmetry
 
 
 class Run:
@@ -71,6 +75,12 @@ class Run:
         self.free = free_memory(operator.like)
         self.num_matvecs = 0
         """The number of products done so far, here and in earlier processes."""
+        self.asymmetry = 0.0
+        """How far the products are from symmetric, as a share of the operator's norm.
+
+        0 for computations that do not measure it. See `hessdensity.krylov.lanczos.asymmetry`.
+        """
+        self._tolerated: float | None = None
         self.stopped: str | None = None
         """The reason why the computation ended early, or None."""
         self._settings = settings
@@ -103,7 +113,32 @@ class Run:
                     products = trees.count(block) // self._vectors_per_product
                     self.steps.add(engine.take(product), products)
                     self.count(products)
+            self._watch(engine)
             yield
+
+    def _watch(self, engine: Engine) -> None:
+        """Take over the engine's measure of asymmetry, and warn once if it is not rounding."""
+        self.asymmetry = max(self.asymmetry, getattr(engine, "asymmetry", 0.0))
+        like = self.operator.like
+        if self._tolerated is None:
+            self._tolerated = Composition().tolerance(like)
+        seen_enough = engine.complete or engine.num_done >= _ENOUGH_STEPS
+        if not seen_enough or self.asymmetry <= self._tolerated:
+            return
+        # Only now, because it reads a batch and traces the loss.
+        composition = composition_of(self.operator)
+        self._tolerated = composition.tolerance(like)
+        if self.asymmetry > self._tolerated:
+            self._tolerated = math.inf
+            logger.warning(
+                "%s: the products are not symmetric. After %s, H - H^T has %.2g %% of the norm of "
+                "H. %s The result is that of a symmetric matrix at about this distance from H. "
+                "Examine the operator with hd.verify_operator(operator, key).",
+                self.computation,
+                plural(self.num_matvecs, "product"),
+                100 * self.asymmetry,
+                composition.explain(),
+            )
 
     def count(self, products: int, *, read_back: bool = False) -> None:
         """Count products that are done."""

@@ -1,5 +1,7 @@
 """What a loss may return, and the usual losses beside their formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -277,3 +279,59 @@ def test_padding_weighs_nothing_however_the_sequences_are_cut_into_batches():
             for f, p in zip(follow, probability, strict=True)
         ]
         np.testing.assert_allclose(estimate, jax.scipy.linalg.block_diag(*blocks), atol=1e-12)
+
+
+# Losses of whole batches --------------------------------------------------------------------------
+
+
+class Model:
+    """An object whose method, or which itself, is a loss."""
+
+    def __init__(self, whole):
+        self.whole_batch = whole
+
+    def loss(self, w, batch):
+        return mean_loss(w, batch)
+
+    __call__ = loss
+
+
+def declared(w, batch):
+    return mean_loss(w, batch)
+
+
+declared.whole_batch = True
+
+WHOLE = {
+    "a function": declared,
+    "a method": Model(True).loss,
+    "an object": Model(True),
+    "a partial function": functools.partial(declared),
+    "jit": jax.jit(declared),
+    "jit of a method": jax.jit(Model(True).loss),
+    "jit of an object": jax.jit(Model(True)),
+    "jit of a partial method": jax.jit(functools.partial(Model(True).loss)),
+    "a partial of jit of a method": functools.partial(jax.jit(Model(True).loss)),
+    "a pytree partial of a method": jax.tree_util.Partial(Model(True).loss),
+    "checkpoint of jit of a method": jax.checkpoint(jax.jit(Model(True).loss)),
+}
+
+
+@pytest.mark.parametrize("loss", WHOLE.values(), ids=WHOLE)
+def test_whole_batch_is_seen_through_everything_that_wraps_a_loss(loss):
+    assert hd.Hessian(loss, W, [(X, Y)]).risk.whole_batch
+    with pytest.raises(ValueError, match="microbatch=2, but the loss says that its batches must"):
+        hd.Hessian(loss, W, [(X, Y)], microbatch=2)
+
+
+@pytest.mark.parametrize(
+    "loss", [mean_loss, jax.jit(mean_loss), Model(False).loss, jax.jit(Model(False)), np.sum]
+)
+def test_a_loss_that_does_not_say_so_may_be_cut(loss):
+    assert not hd.Hessian(loss, W, [(X, Y)], microbatch=2).risk.whole_batch
+
+
+def test_the_outermost_layer_decides():
+    outer = functools.partial(Model(True).loss)
+    outer.whole_batch = False
+    assert not hd.Hessian(outer, W, [(X, Y)], microbatch=2).risk.whole_batch

@@ -93,7 +93,7 @@ def test_a_padded_block_selects_parameters_and_gradients():
 def test_verification_sees_through_a_principal_block(key):
     found = hd.verify_operator(hd.Restricted(hessian(), "a"), key)
     assert bool(found)
-    assert len(found.checks) == 4  # with the finite difference, which needs the gradient
+    assert len(found.checks) == 5  # with the gradient and the loss of the operator inside
 
 
 def test_a_track_over_a_principal_block_is_that_of_its_where(key):

@@ -4,6 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import pytest
 
@@ -40,10 +41,10 @@ def names(report):
 
 
 @BOTH
-def test_a_hessian_passes_in_all_four_checks(key):
+def test_a_hessian_passes_in_all_five_checks(key):
     report = hd.verify_operator(hd.Hessian(loss, jnp.asarray(PARAMS), BATCHES), key)
     assert report
-    assert len(report.checks) == 4
+    assert len(report.checks) == 5
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
@@ -71,6 +72,26 @@ def test_a_relu_network_passes_in_spite_of_its_kinks(key):
     assert hd.verify_operator(hessian, key)
 
 
+KEYS = [jax.random.key(seed) for seed in range(3)]
+
+
+@BOTH
+@pytest.mark.parametrize("make", networks.HONEST.values(), ids=networks.HONEST)
+def test_a_network_with_a_hessian_passes_with_every_key(make):
+    hessian = make().hessian()
+    for key in KEYS:
+        report = hd.verify_operator(hessian, key)
+        assert report, str(report)
+
+
+@pytest.mark.parametrize("short", ["bfloat16", "float16"])
+def test_a_network_in_a_short_dtype_passes(short, key):
+    assert len(hd.verify_operator(networks.dense(jnp.tanh, short).hessian(), key).checks) == 5
+    report = hd.verify_operator(networks.dense(jax.nn.relu, short).hessian(), key)
+    assert report
+    assert f"The derivative was not checked: its differences in {short}" in str(report)
+
+
 @pytest.mark.parametrize(
     "array", [SYMMETRIC, -SYMMETRIC, np.zeros((N, N))], ids=["positive", "negative", "zero"]
 )
@@ -86,6 +107,18 @@ def test_a_symmetric_matrix_passes_in_the_three_checks_that_need_no_loss(array, 
 @BOTH
 def test_a_matrix_that_is_not_symmetric_fails_for_symmetry_alone(key):
     assert names(hd.verify_operator(of_matrix(np.triu(SYMMETRIC)), key)) == ["symmetry"]
+
+
+@pytest.mark.parametrize("make", networks.NOT_DERIVATIVES.values(), ids=networks.NOT_DERIVATIVES)
+def test_a_rule_that_is_not_a_derivative_fails_for_symmetry_with_every_key(make):
+    hessian = make().hessian()
+    for key in KEYS:
+        report = hd.verify_operator(hessian, key)
+        assert "symmetry" in names(report)
+        (found,) = (check for check in report.checks if check.name.startswith("symmetry"))
+        assert found.error > 4 * found.allowed
+        assert "custom derivative rules" in found.diagnosis
+        assert "(networks.py:" in str(report)
 
 
 @BOTH
@@ -186,6 +219,33 @@ def test_a_symmetric_operator_that_is_not_the_derivative_of_its_gradient_fails_f
     assert names(hd.verify_operator(OwnHessian(**mistake), key)) == ["derivative"]
 
 
+LOSSES = {
+    "a sum": (lambda w, b: jnp.sum((b[0] @ w) ** 2), "It is the sum over the examples."),
+    "a masked mean": (
+        lambda w, b: jnp.sum((b[0] @ w) ** 2 * b[1]) / jnp.sum(b[1]),
+        "Return hd.Total(sum, count) for a masked or weighted mean.",
+    ),
+    "a loss of batch statistics": (
+        lambda w, b: jnp.mean((b[0] @ w - jnp.mean(b[0] @ w)) ** 4),
+        "Set loss.whole_batch = True",
+    ),
+}
+
+
+@BOTH
+@pytest.mark.parametrize(("loss", "said"), LOSSES.values(), ids=LOSSES)
+def test_a_loss_that_is_not_a_mean_over_examples_fails_for_that_alone(loss, said, key):
+    mask = (np.arange(9) % 3 > 0).astype(X.dtype)
+    real = jnp.zeros(0).dtype
+    batches = hd.batches((X.astype(real), mask.astype(real)), 4)
+    hessian = hd.Hessian(loss, jnp.asarray(PARAMS), batches)
+    for operator in (hessian, hd.Restricted(hessian, "*")):
+        report = hd.verify_operator(operator, key)
+        assert names(report) == ["mean over examples"]
+        assert said in " ".join(str(report).splitlines())
+        assert max(map(len, str(report).splitlines())) <= 100
+
+
 # The report ---------------------------------------------------------------------------------------
 
 
@@ -211,6 +271,15 @@ def test_a_printed_report_of_a_good_operator_says_so(key):
     lines = str(hd.verify_operator(hd.Matrix(SYMMETRIC), key)).splitlines()
     assert lines[0] == "The operator passes all checks"
     assert "FAILED" not in "".join(lines)
+
+
+def test_a_printed_report_says_why_a_check_was_not_made(key):
+    report = hd.verify_operator(hd.Hessian(loss, jnp.asarray(PARAMS), hd.batches(X, 1)), key)
+    assert report
+    assert len(report.checks) == 4
+    assert str(report).splitlines()[-1] == (
+        "Whether the loss is a mean over examples was not checked: no batch has two examples."
+    )
 
 
 def test_a_report_is_false_where_a_check_failed_and_a_nan_is_a_failure():
