@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdensity.errors import needs_extra
-from hessdensity.estimators.settings import DensitySettings
+from hessdensity.estimators.density_settings import DensitySettings
 
 try:
     with needs_extra("cli", "the command line"):

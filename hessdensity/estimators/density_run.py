@@ -6,16 +6,18 @@ import jax
 import numpy as np
 
 from hessdensity.krylov import lanczos
-from hessdensity.krylov.lanczos import LanczosEngine, LanczosState
+from hessdensity.krylov.lanczos import LanczosState
+from hessdensity.krylov.lanczos_engine import LanczosEngine
 from hessdensity.runs.plan import MemoryLayout
 from hessdensity.runs.run import Run
 from hessdensity.spectra import accuracy, deflation
+from hessdensity.spectra.accuracy import Accuracy
 from hessdensity.spectra.density import CONVERGED, SpectralDensity
 from hessdensity.spectra.eigenspace import Eigenspace
-from hessdensity.spectra.quadrature import Tridiagonal
+from hessdensity.spectra.quadrature import Rule, Tridiagonal
 from hessdensity.vectors.random import random_block
 
-from .settings import DensitySettings
+from .density_settings import DensitySettings
 
 _DEFLATION = 2**31  # the number of the deflation's start vector, which no probe ever has
 
@@ -35,6 +37,7 @@ class DensityRun:
     ) -> None:
         self._run = run
         self._key = key
+        self._settings = settings
         self._layout = layout
         self._dimension = run.dimension
         self._like = run.operator.like
@@ -51,7 +54,14 @@ class DensityRun:
         self._deflation: LanczosEngine | None = None
         self._groups: list[LanczosEngine] = []  # probes that go through the data together
 
-    def deflate(self) -> None:
+    def compute(self) -> None:
+        """Do all recurrences, and with a tolerance more of them until it is met."""
+        self._deflate()
+        self._add_probes(self._settings.num_probes)
+        if self._settings.tolerance is not None:
+            self._refine(self._settings.tolerance, self._settings.max_matvecs)
+
+    def _deflate(self) -> None:
         """Do the deflation run. The probes stay orthogonal to its basis."""
         if self._deflation_steps:
             start = random_block(self._key, _DEFLATION, 1, self._like)
@@ -60,7 +70,7 @@ class DensityRun:
             self._deflation = LanczosEngine(state)
             self._advance(self._deflation)
 
-    def add_probes(self, more: int) -> None:
+    def _add_probes(self, more: int) -> None:
         """Do ``more`` further probes, as many together as the memory was planned for."""
         while more > 0:
             if self._groups and self._take_turns:
@@ -97,7 +107,7 @@ class DensityRun:
         for _ in self._run.drive(engine):
             pass
 
-    def refine(self, tolerance: float, max_matvecs: int | None) -> None:
+    def _refine(self, tolerance: float, max_matvecs: int | None) -> None:
         """Add probes or steps of all probes, against the larger error, until the error is small."""
         limit = 10 * self._planned if max_matvecs is None else max_matvecs
         while (error := self.accuracy()).total > tolerance:
@@ -106,7 +116,7 @@ class DensityRun:
             if more_probes:
                 # The noise falls as 1/sqrt(k). Add as many probes as bring it down to the part of
                 # the tolerance that is left for it, but at most double their number.
-                left = max(tolerance - error.quadrature - error.coupling, tolerance / 2)
+                left = max(tolerance - (error.total - error.probes), tolerance / 2)
                 wanted = np.ceil(probes * (error.probes / left) ** 2) - probes
                 more = int(np.clip(wanted, 1, probes))
                 cost = more * self._num_steps
@@ -120,13 +130,13 @@ class DensityRun:
                 return
             self._run.bar.total = self._run.num_matvecs + cost
             if more_probes:
-                self.add_probes(more)
+                self._add_probes(more)
             else:
                 self._lengthen(more)
 
     def _obstacle(
         self,
-        error: accuracy.Accuracy,
+        error: Accuracy,
         tolerance: float,
         more_probes: bool,
         cost: int,
@@ -138,7 +148,11 @@ class DensityRun:
                 "more steps need the bases of all probes; start with a larger num_steps, or a "
                 "larger probes_at_once"
             )
-        if error.coupling >= tolerance:
+        # More products lower the error of quadrature and of the probes, and nothing else.
+        fixed = error.coupling + error.rounding
+        if fixed >= tolerance and error.total - fixed <= fixed / 10:
+            if error.rounding > error.coupling:
+                return f"{error.rounding:.2g} of it is the rounding error of the products"
             return (
                 f"{error.coupling:.2g} of it is the coupling of deflation; start with a larger "
                 "deflation_steps, or with 0"
@@ -162,14 +176,22 @@ class DensityRun:
         states = [group.state for group in self._groups if group.state.diagonal.size]
         return run, [each for state in states for each in tridiagonals(state)]
 
-    def accuracy(self) -> accuracy.Accuracy:
+    def accuracy(self) -> Accuracy:
         """The estimated error, by cause."""
-        return accuracy.estimate(*self._parts(), self._dimension, implicit=self._implicit)
+        return self._judge(*self._parts())[1]
+
+    def _judge(
+        self, run: Tridiagonal | None, probes: list[Tridiagonal]
+    ) -> tuple[tuple[Rule, ...], Accuracy]:
+        """The rules of the steps so far, and their accuracy."""
+        rules = deflation.combine(run, probes, self._dimension, implicit=self._implicit)
+        rounding = max(each.rounding_error for each in [*([run] if run else []), *probes])
+        return rules, accuracy.estimate(rules, self._dimension, rounding)
 
     def answer(self, keep_eigenspace: bool = False) -> SpectralDensity:
         """The density from the products done so far."""
         run, probes = self._parts()
-        error = self.accuracy()
+        rules, error = self._judge(run, probes)
         steps = run.diagonal.size if run else 0
         description = self._run.describe(
             num_steps=max((probe.diagonal.size for probe in probes), default=0),
@@ -177,12 +199,12 @@ class DensityRun:
             deflation_steps=steps,
             basis=self._layout.basis,
             error={**error._asdict(), "total": error.total},
+            asymmetry=self._run.asymmetry,
             spent={
                 "deflation": steps,
                 "probes": [list(group.state.diagonal.shape) for group in self._groups],
             },
         )
-        rules = deflation.combine(run, probes, self._dimension, implicit=self._implicit)
         eigenspace = self._eigenspace() if keep_eigenspace and run else None
         return SpectralDensity(
             rules, self._dimension, self._run.num_matvecs, description, eigenspace
@@ -206,4 +228,4 @@ class DensityRun:
 def tridiagonals(state: LanczosState) -> list[Tridiagonal]:
     """The tridiagonal matrix of each probe."""
     parts = state.diagonal, state.off_diagonal, state.deflation_coupling, state.rounding_error
-    return [Tridiagonal(*part) for part in zip(*parts, strict=True)]
+    return [Tridiagonal(*part) for part in zip(*parts, state.start_products, strict=True)]

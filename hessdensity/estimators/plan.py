@@ -10,6 +10,7 @@ from hessdensity.runs.memory import Free, free_memory
 from hessdensity.runs.plan import Plan, Settings, activation_bytes, plan_from_sizes, time_product
 
 from . import settings as all_settings
+from .density_settings import DensitySettings
 
 _COMPUTATIONS = {each.computation: each for each in all_settings.ALL}
 
@@ -17,7 +18,7 @@ _COMPUTATIONS = {each.computation: each for each in all_settings.ALL}
 def plan(
     operator: Operator,
     *,
-    computation: str = all_settings.DensitySettings.computation,
+    computation: str = DensitySettings.computation,
     device_bytes: int | None = None,
     host_bytes: int | None = None,
     timed: bool = True,

@@ -8,130 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from hessdensity.operators.protocol import check_count
 from hessdensity.runs.plan import MemoryLayout, Settings
-from hessdensity.vectors.basis import CHUNK, STORAGES
+
+from .density_settings import WORKING, DensitySettings, whole_chunks
 
 # Up to this dimension, a basis of the whole space takes only megabytes and never has to restart.
 _SMALL = 1000
 
-# Vectors of a probe beside the basis: the last two, a product, and the sum over the batches.
-_WORKING = 4
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DensitySettings(Settings):
-    """The settings of `spectral_density`, which documents them."""
-
-    computation: ClassVar[str] = "spectral_density"
-
-    num_steps: int = 45
-    num_probes: int = 2
-    deflation_steps: int = 90
-    tolerance: float | None = None
-    max_matvecs: int | None = None
-    basis: str | None = None
-    probes_at_once: int | None = None
-
-    def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps)
-        check_count("num_probes", self.num_probes)
-        check_count("deflation_steps", self.deflation_steps, 0)
-        if self.tolerance is not None and not 0 < self.tolerance < 1:
-            raise ValueError(
-                f"tolerance={self.tolerance}, expected a W1 distance over the spectrum's range, "
-                "between 0 and 1, such as 1e-4."
-            )
-        if self.max_matvecs is not None:
-            if self.tolerance is None:
-                raise ValueError(
-                    "max_matvecs is given without tolerance=. The numbers of steps and probes then "
-                    "fix the number of products: leave max_matvecs out, or give a tolerance."
-                )
-            check_count("max_matvecs", self.max_matvecs)
-        if self.basis not in (None, *STORAGES):
-            raise ValueError(
-                f"basis={self.basis!r}, expected 'device', 'host', 'none', or None for the first "
-                "that fits."
-            )
-        if self.probes_at_once is not None:
-            check_count("probes_at_once", self.probes_at_once)
-
-    @property
-    def num_vectors(self) -> int:
-        """The number of vectors in a product."""
-        return self.num_probes
-
-    def everywhere(self) -> DensitySettings:
-        """The same settings, with every place for the bases allowed."""
-        return replace(self, basis=None, probes_at_once=None)
-
-    def identity(self) -> dict[str, Any]:
-        """All settings except where the bases are kept, which does not change the steps."""
-        kept = super().identity()
-        del kept["basis"], kept["probes_at_once"]
-        return kept
-
-    @property
-    def steps_without_basis(self) -> int:
-        """Steps of a probe without a basis. The probes share the steps of a deflation run."""
-        return self.num_steps + -(-self.deflation_steps // self.num_probes)
-
-    def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The ways to keep the bases that these settings allow, in order of preference.
-
-        The host comes before smaller groups of probes. With the host, each step moves the basis
-        once, which takes seconds where one more pass over the data takes minutes.
-        """
-        k = self.num_probes
-        groups = sorted({-(-k // parts) for parts in range(1, k + 1)}, reverse=True)
-        if self.probes_at_once is not None:
-            groups = [min(self.probes_at_once, k)]
-        ways = [(storage, groups[0]) for storage in ("device", "host")]
-        ways += [(storage, each) for storage in ("device", "host") for each in groups[1:]]
-        ways += [("none", each) for each in dict.fromkeys([groups[0], groups[-1]])]
-        found = [self._layout(*way, n, vector_bytes, activations) for way in ways]
-        return [each for each in found if self.basis in (None, each.basis)]
-
-    def _layout(
-        self, storage: str, at_once: int, n: int, vector_bytes: int, activations: int
-    ) -> MemoryLayout:
-        m0 = min(self.deflation_steps, n)
-        m = min(self.num_steps, n - m0)
-        if storage == "none":
-            m0 = 0
-            m = min(self.steps_without_basis, n)
-        turns = -(-self.num_probes // at_once)
-        on_device, on_host = _vectors_kept(storage, at_once, m0, m)
-        return MemoryLayout(
-            basis=storage,
-            probes_at_once=at_once,
-            num_passes=m0 + turns * m,
-            num_matvecs=m0 + self.num_probes * m,
-            device_bytes=on_device * vector_bytes + activations,
-            host_bytes=on_host * vector_bytes,
-        )
-
-
-def _vectors_kept(storage: str, k: int, m0: int, m: int) -> tuple[int, int]:
-    """(vectors on the device at the peak, vectors on the host), in whole chunks."""
-    first = _whole(m0)
-    each = _whole(m)
-    if storage == "device":
-        return first + k * each + _WORKING * k, 0
-    if storage == "none":
-        return _WORKING * k, 0
-    # The last chunk of every basis stays on the device, and one other chunk at a time is moved
-    # there.
-    on_device = CHUNK * (bool(m0) + 2 * k) + _WORKING * k
-    return on_device, max(first - CHUNK, 0) + k * max(each - CHUNK, 0)
-
-
-def _whole(steps: int) -> int:
-    """The number of vectors in as many whole chunks as the steps need."""
-    return -(-steps // CHUNK) * CHUNK
+# Sizes of a basis of eigenvectors that seldom has to restart, from the best one down. It takes only
+# as much of this memory as its run has products.
+_ROOMY = (256, 128)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -166,21 +55,18 @@ class EigenspaceSettings(Settings):
         return self.block_size
 
     def resolved(self, n: int) -> EigenspaceSettings:
-        """The settings for dimension n, with every default filled in.
+        """The settings for dimension n, with every default filled in except that of the basis.
 
         Raises:
           ValueError: a size is too small, or the rank is too large.
         """
         check_count("rank", self.rank, 1, n)
         block_size = min(self.block_size, n)
-        basis_size = self.basis_size
-        if basis_size is None:
-            basis_size = n if n <= _SMALL else 3 * self.rank + 4 * block_size
         least = self.rank + 3 * block_size
-        if basis_size < min(least, n):
+        if self.basis_size is not None and self.basis_size < min(least, n):
             raise ValueError(
-                f"basis_size={basis_size!r}, expected at least rank + 3 block_size = {least}, for "
-                "the wanted pairs, a block to multiply, its products and a fresh block."
+                f"basis_size={self.basis_size!r}, expected at least rank + 3 block_size = {least}, "
+                "for the wanted pairs, a block to multiply, its products and a fresh block."
             )
         max_matvecs = self.max_matvecs
         if max_matvecs is None:
@@ -190,17 +76,31 @@ class EigenspaceSettings(Settings):
                 f"max_matvecs={max_matvecs!r}, expected at least rank + block_size = "
                 f"{self.rank + block_size}, because fewer products give fewer pairs."
             )
-        return replace(self, block_size=block_size, basis_size=basis_size, max_matvecs=max_matvecs)
+        return replace(self, block_size=block_size, max_matvecs=max_matvecs)
+
+    def basis_sizes(self, n: int) -> list[int]:
+        """The numbers of vectors in the basis that these settings allow, the best one first."""
+        if self.basis_size is not None:
+            return [self.basis_size]
+        if n <= _SMALL:
+            return [n]
+        least = 3 * self.rank + 4 * self.block_size
+        return [size for size in _ROOMY if size > least] + [least]
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
-        """The only layout: the basis, half as much again at a restart, pairs and a few blocks."""
+        """One layout for each size of the basis.
+
+        Vectors: the basis, half as much again at a restart, the pairs and a few blocks.
+        """
         known = self.resolved(n)
-        assert known.basis_size is not None
         assert known.max_matvecs is not None
-        vectors = known.rank + known.basis_size * 3 // 2 + _WORKING * known.block_size
-        size = vectors * vector_bytes + activations
-        passes = -(-known.max_matvecs // known.block_size)
-        return [MemoryLayout("device", known.block_size, passes, known.max_matvecs, size)]
+        b = known.block_size
+        passes = -(-known.max_matvecs // b)
+        vectors = [known.rank + size * 3 // 2 + WORKING * b for size in known.basis_sizes(n)]
+        return [
+            MemoryLayout("device", b, passes, known.max_matvecs, each * vector_bytes + activations)
+            for each in vectors
+        ]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,7 +117,7 @@ class MeasureSettings(Settings):
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
         """The only layout: the basis on the device."""
         m = min(self.num_steps, n)
-        size = (_whole(m) + _WORKING) * vector_bytes + activations
+        size = (whole_chunks(m) + WORKING) * vector_bytes + activations
         return [MemoryLayout("device", 1, m, m, size)]
 
 
@@ -245,7 +145,7 @@ class PartSettings(Settings):
         """The only layout: the bases of all parts on the device."""
         m = min(self.num_steps, n)
         all_probes = self.num_parts * self.num_probes
-        size = all_probes * (_whole(m) + _WORKING) * vector_bytes + activations
+        size = all_probes * (whole_chunks(m) + WORKING) * vector_bytes + activations
         return [MemoryLayout("device", self.num_probes, m, self.num_probes * m, size)]
 
 
@@ -272,8 +172,8 @@ class TraceSettings(Settings):
         """The only layout: a basis of the products, and the test vectors if ``semidefinite``."""
         products = min(self.num_matvecs, n)
         b = self.block_size
-        kept = 2 * _whole(products) if self.semidefinite else _whole(products // 2)
-        size = (kept + _WORKING * b) * vector_bytes + activations
+        kept = 2 * whole_chunks(products) if self.semidefinite else whole_chunks(products // 2)
+        size = (kept + WORKING * b) * vector_bytes + activations
         return [MemoryLayout("device", b, -(-products // b), products, size)]
 
 
@@ -320,7 +220,7 @@ class TrackSettings(Settings):
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
         """The layouts of the density, which runs after the eigenspace and beside its vectors."""
-        (space,) = self.eigenspace.layouts(n, vector_bytes, activations)
+        *_, space = self.eigenspace.layouts(n, vector_bytes, activations)
         space = replace(space, device_bytes=space.device_bytes + self.rank * vector_bytes)
         if not self.density:
             return [space]

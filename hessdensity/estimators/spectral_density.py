@@ -12,8 +12,9 @@ from hessdensity.runs.plan import MemoryLayout, first_that_fits
 from hessdensity.runs.run import Run
 from hessdensity.spectra.density import SpectralDensity
 
+from .block_density import BlockDensityRun
 from .density_run import DensityRun
-from .settings import DensitySettings
+from .density_settings import DensitySettings
 
 
 def spectral_density(
@@ -27,6 +28,7 @@ def spectral_density(
     max_matvecs: int | None = None,
     basis: str | None = None,
     probes_at_once: int | None = None,
+    block_size: int | None = None,
     keep_eigenspace: bool = False,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -67,10 +69,18 @@ def spectral_density(
         vectors of each probe are kept, and there is no deflation run: the probes share its steps,
         and the eigenvalues that they find get weight 1/n (implicit deflation). But without
         reorthogonalization, every eigenvalue is found again and again, in steps that find nothing
-        else (`hessdensity.spectra.deflation.merge_ghosts`). By default the first of these that
+        else (`hessdensity.spectra.deflation.merge_ghosts`). With a single probe, nothing shows that
+        an eigenvalue is simple, so that none gets weight 1/n. By default the first of these that
         fits (`hessdensity.plan` prints the table).
       probes_at_once: number of probes that go through the data together. Fewer than num_probes
         need less memory and more passes. By default as many as fit.
+      block_size: number b of starts of a block that goes through the data num_steps times, instead
+        of a deflation run and probes. Every start is a probe, and the other starts deflate it
+        (`hessdensity.spectra.leave_one_out` has the theorem). Take it where a pass over the data
+        costs more than its vectors: ``block_size=5, num_steps=36`` makes 180 products in 36 passes,
+        and the default makes them in 135. The errors are similar (``benchmarks/deflation.py``):
+        smaller for the trace and with many outliers, larger where nothing is far from the bulk,
+        because fewer steps resolve less. ``basis="none"`` is not possible.
       keep_eigenspace: return the deflated Ritz vectors as ``density.eigenspace``, in which the
         converged pairs are marked. This costs no products, but the memory of m0 vectors for as long
         as the density exists.
@@ -100,8 +110,16 @@ def spectral_density(
 
     The defaults, which cost 180 products, come from the benchmark ``benchmarks/deflation.py``.
 
-    Cost: m0 + k m products. They take m0 + m passes over the data if all probes share the passes.
-    Memory: m0 + k (m + 4) vectors, or 4 k with basis="none".
+    Cost: m0 + k m products. They take m0 + m passes over the data if all probes share the passes. A
+    block takes b m products in m passes. Memory: m0 + k (m + 4) vectors, b (m + 5) for a block, or
+    5 k with basis="none".
+
+    Every error bar of the result holds three errors: of the probes, of quadrature, and of the
+    coupling that deflation leaves out. See `SpectralDensity`.
+
+    Sources: Lin, Saad and Yang (2016); Ghorbani, Krishnan and Xiao (2019). Bhattacharjee, Jayaram,
+    Musco, Musco and Ray (2024) deflate densities too. Chen and Hallman (2023) and Hallman (2025)
+    deflate traces inside Krylov spaces.
 
     Example:
       >>> import jax, numpy as np, hessdensity as hd
@@ -119,20 +137,15 @@ def spectral_density(
         max_matvecs,
         basis,
         probes_at_once,
+        block_size,
     )
     _check_kept(settings, keep_eigenspace)
     run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
     layout = _layout(run, settings, keep_eigenspace)
     run.total = layout.num_matvecs
-    density = DensityRun(run, key, settings, layout)
-
-    def compute() -> None:
-        density.deflate()
-        density.add_probes(num_probes)
-        if tolerance is not None:
-            density.refine(tolerance, max_matvecs)
-
-    return run.execute(compute, functools.partial(density.answer, keep_eigenspace))
+    form = DensityRun if block_size is None else BlockDensityRun
+    density = form(run, key, settings, layout)
+    return run.execute(density.compute, functools.partial(density.answer, keep_eigenspace))
 
 
 def _layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> MemoryLayout:
@@ -169,7 +182,7 @@ def _layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> Memor
 
 
 def _check_kept(settings: DensitySettings, keep_eigenspace: bool) -> None:
-    if keep_eigenspace and not settings.deflation_steps:
+    if keep_eigenspace and not settings.deflation_steps and settings.block_size is None:
         raise ValueError(
             "keep_eigenspace=True needs deflation, but deflation_steps=0. Give deflation_steps of "
             "at least 1, or keep_eigenspace=False."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hessdensity.krylov import lanczos
-from hessdensity.krylov.lanczos import LanczosEngine
+from hessdensity.krylov.lanczos_engine import LanczosEngine
 from hessdensity.operators.protocol import Operator, check
 from hessdensity.runs.run import Run
 from hessdensity.spectra.measure import SpectralMeasure

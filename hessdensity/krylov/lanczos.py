@@ -18,6 +18,7 @@ remain correct, but copies of converged Ritz values appear (`hessdensity.spectra
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +33,14 @@ from hessdensity.vectors.trees import Block
 
 from .engine import ASYMMETRY, Step, multiply
 
-_SCALARS = ("diagonal", "off_diagonal", "deflation_coupling", "rounding_error")
+_SCALARS = (
+    "diagonal",
+    "off_diagonal",
+    "deflation_coupling",
+    "rounding_error",
+    "asymmetric_norm",
+    "start_products",
+)
 
 
 class LanczosState(NamedTuple):
@@ -73,6 +81,16 @@ class LanczosState(NamedTuple):
 
     It is the largest part of a product along earlier vectors, where exact arithmetic has none, or a
     few rounding units of the norm.
+    """
+    asymmetric_norm: np.ndarray
+    """(k,) float64, on the host: |V^T (A - A^T) V|, in the Frobenius norm; see `asymmetry`."""
+    starts: Block | None
+    """The k start vectors, if no basis is stored and there are several. Otherwise None."""
+    start_products: np.ndarray
+    """(k, j, k) float64, on the host: inner products of each vector with all start vectors.
+
+    They tell whether two probes have found the same eigenvector. Without ``starts`` the last
+    dimension is 0.
     """
 
 
@@ -138,6 +156,9 @@ def init(
         off_diagonal=np.zeros((k, 0)),
         deflation_coupling=np.zeros((k, 0, CHUNK * len(deflated.chunks))),
         rounding_error=np.zeros(k),
+        asymmetric_norm=np.zeros(k),
+        starts=vectors if stored is None and k > 1 else None,
+        start_products=np.zeros((k, 0, k if stored is None and k > 1 else 0)),
     )
 
 
@@ -190,7 +211,25 @@ def update(state: LanczosState, product: Block) -> LanczosState:
     beta = np.where(beta > 8 * epsilon * norm, beta, 0)
     vectors = trees.normalize(residual, jnp.asarray(beta))
     rounding = np.maximum.reduce([state.rounding_error, removed, 4 * epsilon * norm])
-    return _advanced(state, vectors, alpha, beta.astype(float), coupling, rounding)
+    # The part removed is V^T A v_j beyond what T has of it. Its counterpart, v_j^T A V beyond T, is
+    # zero, because A v_i lies in the span of v_0 .. v_{i+1}. So it is a column of V^T (A - A^T) V.
+    asymmetric = np.hypot(state.asymmetric_norm, np.sqrt(2) * removed)
+    products = _products_with_starts(state)
+    numbers = (alpha, beta.astype(float), coupling, rounding, asymmetric, products)
+    return _advanced(state, vectors, *numbers)
+
+
+def _products_with_starts(state: LanczosState) -> np.ndarray:
+    """The inner products of the vectors that were multiplied with all start vectors: (k, k)."""
+    count = len(state.diagonal)
+    if state.starts is None:
+        return np.zeros((count, 0))
+    found = np.zeros((count, count))
+    for shift in range(count):
+        # Vector i and start i + shift.
+        products = _inner_shifted(state.vectors, state.starts, shift)
+        found[np.arange(count), (np.arange(count) + shift) % count] = np.asarray(products, float)
+    return found
 
 
 def _norm_of(state: LanczosState, alpha: np.ndarray) -> np.ndarray:
@@ -221,6 +260,8 @@ def _advanced(
     beta: np.ndarray,
     coupling: np.ndarray,
     rounding: np.ndarray,
+    asymmetric: np.ndarray,
+    start_products: np.ndarray,
 ) -> LanczosState:
     """The state with the results of one more step."""
     step = state.diagonal.shape[1] + 1
@@ -233,20 +274,45 @@ def _advanced(
         off_diagonal=np.concatenate([state.off_diagonal, beta[:, None]], axis=1),
         deflation_coupling=np.concatenate([state.deflation_coupling, coupling[:, None]], axis=1),
         rounding_error=rounding,
+        asymmetric_norm=asymmetric,
+        start_products=np.concatenate([state.start_products, start_products[:, None]], axis=1),
     )
 
 
 def last_step(state: LanczosState) -> Step:
     """Everything that the last step has added to a state."""
     last = (state.diagonal[:, -1], state.off_diagonal[:, -1], state.deflation_coupling[:, -1])
-    values = (part.tolist() for part in (*last, state.rounding_error))
+    errors = (state.rounding_error, state.asymmetric_norm)
+    values = (part.tolist() for part in (*last, *errors, state.start_products[:, -1]))
     return Step(state.vectors, dict(zip(_SCALARS, values, strict=True)))
 
 
 def replay(state: LanczosState, step: Step) -> LanczosState:
     """The result of `update` bit for bit, from the result of `last_step` instead of a product."""
-    alpha, beta, coupling, rounding = (np.asarray(step.scalars[name], float) for name in _SCALARS)
-    return _advanced(state, step.vectors, alpha, beta, coupling.reshape(alpha.size, -1), rounding)
+    alpha, beta, coupling, *others = (np.asarray(step.scalars[name], float) for name in _SCALARS)
+    others[-1] = others[-1].reshape(alpha.size, -1)
+    return _advanced(state, step.vectors, alpha, beta, coupling.reshape(alpha.size, -1), *others)
+
+
+def asymmetry(state: LanczosState) -> np.ndarray:
+    """How far the products are from those of a symmetric operator: (k,), a share of its norm.
+
+        |V^T (A - A^T) V| / |T|,    in Frobenius norms,
+
+    where T is the part of V^T A V that a symmetric operator has. The norm known beforehand replaces
+    that of T if it is larger. Rounding in float32 gives 1e-7 to 1e-5.
+
+    The eigenvalues of T differ from those of the symmetric part of V^T A V by at most half of
+    ``state.asymmetric_norm``, in the root of the sum of squares (Hoffman and Wielandt 1953).
+
+    V spans the Krylov space, so this is a lower bound. Without a stored basis, only the last two
+    vectors are compared, and the bound is lower still.
+    """
+    squares = np.sum(state.diagonal**2, axis=1) + 2 * np.sum(
+        state.off_diagonal[:, :-1] ** 2, axis=1
+    )
+    norm = np.maximum(np.sqrt(squares), float(state.operator_norm))
+    return np.where(norm > 0, state.asymmetric_norm / np.where(norm > 0, norm, 1), 0.0)
 
 
 def extend(state: LanczosState, num_steps: int) -> LanczosState:
@@ -300,34 +366,10 @@ def iterate(operator: Any, state: LanczosState) -> Iterator[LanczosState]:
         yield state
 
 
-class LanczosEngine:
-    """A `LanczosState` as an `Engine`, so that a run can drive it."""
-
-    def __init__(self, state: LanczosState) -> None:
-        self.state = state
-
-    @property
-    def complete(self) -> bool:
-        """Whether no step is left."""
-        return complete(self.state)
-
-    @property
-    def num_done(self) -> int:
-        """The number of steps done."""
-        return self.state.diagonal.shape[1]
-
-    def request(self) -> Block:
-        """The k vectors to be multiplied next."""
-        return self.state.vectors
-
-    def take(self, product: Block) -> Step:
-        """Do a step by `update`, and return what it has added."""
-        self.state = update(self.state, product)
-        return last_step(self.state)
-
-    def replay(self, step: Step) -> None:
-        """Do a saved step by `replay`."""
-        self.state = replay(self.state, step)
+@partial(jax.jit, static_argnums=2)
+def _inner_shifted(vectors: Block, others: Block, shift: int) -> jax.Array:
+    """Inner products (k,) of vector i with the other vector i + shift."""
+    return trees.inner(vectors, jax.tree.map(lambda leaf: jnp.roll(leaf, -shift, axis=0), others))
 
 
 @jax.jit

@@ -5,12 +5,15 @@ This wing imports no result type, so that a result can draw itself.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.scale import SymmetricalLogTransform
 from matplotlib.ticker import SymmetricalLogLocator
 
 XScale = Literal["linear", "symlog"]
@@ -30,6 +33,65 @@ class Curve(Protocol):
         """The upper ends of the intervals, an array."""
 
     def __array__(self) -> np.ndarray: ...
+
+
+class BoundedCurve(Curve, Protocol):
+    """A `Curve` whose interval holds several errors."""
+
+    @property
+    def quadrature(self) -> tuple[Any, Any]:
+        """The ends of the interval of quadrature alone."""
+
+    @property
+    def probes(self) -> tuple[Any, Any]:
+        """The ends of the interval of the probes alone."""
+
+
+class Scale(NamedTuple):
+    """What several spectra on one Axes have in common."""
+
+    linear_within: float
+    """The eigenvalues up to this absolute value are on the linear part of a symlog axis."""
+    bandwidth: float
+    """The standard deviation of the smoothing, in units of the coordinate."""
+
+
+_SCALES: WeakKeyDictionary[Axes, Scale] = WeakKeyDictionary()
+
+
+def shared_scale(ax: Axes, make: Callable[[], Scale], bandwidth: float | None = None) -> Scale:
+    """The scale of the first spectra that were drawn on an Axes, or that of ``make()``.
+
+    Curves with different bandwidths cannot be compared. A ``bandwidth`` that is given counts.
+    """
+    scale = _SCALES.get(ax) or make()
+    if bandwidth is not None:
+        scale = scale._replace(bandwidth=bandwidth)
+    _SCALES[ax] = scale
+    return scale
+
+
+class Coordinate(NamedTuple):
+    """The map between eigenvalues and the positions on an axis."""
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    backward: Callable[[np.ndarray], np.ndarray]
+
+
+def coordinate_of(x_scale: XScale, linear_within: float) -> Coordinate:
+    """The coordinate of an axis: eigenvalues, or decades on a symlog axis."""
+    if x_scale == "linear":
+        return Coordinate(np.asarray, np.asarray)
+    transform = SymmetricalLogTransform(10, linear_within, LINSCALE)
+    inverted = transform.inverted()
+
+    def forward(x: Any) -> np.ndarray:
+        return np.asarray(transform.transform_non_affine(np.asarray(x, float))) / linear_within
+
+    def backward(u: Any) -> np.ndarray:
+        return np.asarray(inverted.transform_non_affine(np.asarray(u, float) * linear_within))
+
+    return Coordinate(forward, backward)
 
 
 class Measure(Protocol):
@@ -58,10 +120,13 @@ class Measure(Protocol):
     def extent(self) -> tuple[float, float]:
         """The smallest and the largest node, in eigenvalue units."""
 
-    def pdf(self, x: Any, bandwidth: float | None = None) -> Curve:
+    def resolved_bandwidth(self, coordinate: Any = ...) -> float:
+        """The default standard deviation of the smoothing, in units of a coordinate."""
+
+    def pdf(self, x: Any, bandwidth: float | None = None, coordinate: Any = ...) -> BoundedCurve:
         """The smoothed density at x."""
 
-    def cdf(self, x: Any) -> Curve:
+    def cdf(self, x: Any) -> BoundedCurve:
         """The share of eigenvalues up to x."""
 
 

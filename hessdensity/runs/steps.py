@@ -26,7 +26,7 @@ from hessdensity.vectors.fingerprint import signature
 
 from .store import StepStore
 
-FORMAT = 2
+FORMAT = 3
 """The version of the contents of a step. A run cannot be resumed from steps of another version."""
 
 _CLOSE = 1e-4

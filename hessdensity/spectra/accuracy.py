@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .deflation import combine
-from .quadrature import Rule, Tridiagonal, cumulative
+from .quadrature import Rule, cumulative
 
 
 class Accuracy(NamedTuple):
@@ -18,7 +17,7 @@ class Accuracy(NamedTuple):
     """
 
     quadrature: float
-    """Error of too few steps: W1 between these rules and rules of two thirds of their steps."""
+    """Error of too few steps: the mean W1 between the members of the families and their mean."""
     probes: float
     """Error of too few probes: the expected W1 distance due to their randomness.
 
@@ -26,46 +25,63 @@ class Accuracy(NamedTuple):
     """
     coupling: float
     """Error of the coupling that deflation left out: at most 2 beta / n."""
+    rounding: float
+    """Error of the products: rounding moves an eigenvalue by about this much."""
 
     @property
     def total(self) -> float:
-        """The sum of the three errors."""
-        return self.quadrature + self.probes + self.coupling
+        """The sum of the errors."""
+        return self.quadrature + self.probes + self.coupling + self.rounding
 
 
-def estimate(
-    run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False
-) -> Accuracy:
-    """The accuracy of the rules that `deflation.combine` makes from the same arguments.
+def estimate(rules: tuple[Rule, ...], dimension: int, rounding_error: float = 0.0) -> Accuracy:
+    """The accuracy of a spectrum of n eigenvalues that is the mean of some rules.
 
     Args:
-      run: the matrix of the deflation run, or None.
-      probes: the matrices of the probes.
+      rules: one for each probe.
       dimension: n.
-      implicit: as for `deflation.combine`.
+      rounding_error: error of the tridiagonal matrices, in eigenvalue units.
     """
-    rules = combine(run, probes, dimension, implicit=implicit)
-    fewer = list(map(_two_thirds, probes))
-    shorter = combine(
-        _two_thirds(run) if run and not probes else run, fewer, dimension, implicit=implicit
-    )
     nodes = np.unique(np.concatenate([rule.nodes for rule in rules]))
     span = float(nodes[-1] - nodes[0])
     if not span > 0:
-        return Accuracy(0.0, 0.0, 0.0)
+        return Accuracy(0.0, 0.0, 0.0, 0.0)
     coupling = 2 * float(np.mean([rule.coupling for rule in rules])) / dimension
     return Accuracy(
-        _w1(rules, shorter) / span, _probe_noise(rules, dimension, nodes) / span, coupling / span
+        _quadrature(rules) / span,
+        _probe_noise(rules, dimension, nodes) / span,
+        coupling / span,
+        rounding_error / span,
     )
 
 
-def _two_thirds(tridiagonal: Tridiagonal) -> Tridiagonal:
-    """The first two thirds of a run's steps. An exhausted run has no error and is kept whole."""
-    return (
-        tridiagonal.leading(-(-2 * tridiagonal.length // 3))
-        if tridiagonal.coupling
-        else tridiagonal
-    )
+def _quadrature(rules: tuple[Rule, ...]) -> float:
+    """The mean W1 distance between members at the same angle and the mean of all members."""
+    families = [rule.members[1:] or rule.members for rule in rules]
+    most = max(map(len, families))
+    mean = [member for family in families for member in family]
+    weights = [1 / len(family) for family in families for _ in family]
+    whole = _joined(mean, weights)
+    distances = [
+        _w1(_joined([family[j % len(family)] for family in families], [1.0] * len(rules)), whole)
+        for j in range(most)
+    ]
+    return float(np.mean(distances)) / len(rules)
+
+
+def _joined(members: list[tuple[np.ndarray, np.ndarray]], factors: list[float]) -> list[np.ndarray]:
+    """(nodes, weights) of a sum of rules."""
+    nodes = np.concatenate([nodes for nodes, _ in members])
+    weights = [factor * weights for (_, weights), factor in zip(members, factors, strict=True)]
+    return [nodes, np.concatenate(weights)]
+
+
+def _w1(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """W1 distance of two measures of the same mass, in eigenvalue units times mass."""
+    nodes = np.concatenate([one[0], other[0]])
+    weights = np.concatenate([one[1], -other[1]])
+    order = np.argsort(nodes, kind="stable")
+    return float(np.abs(np.cumsum(weights[order])[:-1]) @ np.diff(nodes[order]))
 
 
 def _probe_noise(rules: tuple[Rule, ...], dimension: int, nodes: np.ndarray) -> float:
@@ -82,13 +98,3 @@ def _probe_noise(rules: tuple[Rule, ...], dimension: int, nodes: np.ndarray) -> 
             share = cumulative(part, weights / weights.sum(), nodes[:-1])
             variance += (left / dimension) ** 2 * 2 * share * np.maximum(1 - share, 0) / (left + 2)
     return float(np.sum(np.sqrt(2 / np.pi * variance) * np.diff(nodes)) / len(rules))
-
-
-def _w1(rules: tuple[Rule, ...], others: tuple[Rule, ...]) -> float:
-    from scipy.stats import wasserstein_distance
-
-    measures = [
-        [np.concatenate([getattr(r, f) for r in each]) for each in (rules, others)]
-        for f in ("nodes", "weights")
-    ]
-    return float(wasserstein_distance(*measures[0], *measures[1]))

@@ -1,7 +1,8 @@
 """Densities and measures of vectors on disk, as versioned npz files without pickles.
 
-Version 3 of the format names the type of the result. Versions 1 and 2 wrote a measure as a density
-that was marked as ``given``. They can still be read.
+All earlier versions can still be read. Version 4 has the tridiagonal matrix of each probe. Rules
+of earlier versions lack it, so that their smooth estimates have no error of quadrature. Versions 1
+and 2 wrote a measure as a density that was marked as ``given``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import numpy as np
 
 from .quadrature import Rule
 
-VERSION = 3
+VERSION = 4
 
 _FORMATS = {"density": "hessdensity.SpectralDensity", "measure": "hessdensity.SpectralMeasure"}
 _NAMES = {"density": "a spectral density", "measure": "the measure of a vector"}
-COLUMNS = ("nodes", "weights", "residuals")
+_COLUMNS = ("nodes", "weights", "residuals")  # one entry for each node
+_MATRIX = ("diagonal", "off_diagonal")  # one entry for each step of the probe
+_SCALARS = {"num_deflated": int, "coupling": float, "coupling_rank": int, "pinned": bool}
+_ENDS = ("low", "high")  # of the enclosure
 T = TypeVar("T")
 
 
@@ -74,28 +78,51 @@ def read(path: str | Path, kind: str) -> Contents:
 
 def pack(rules: tuple[Rule, ...]) -> dict[str, np.ndarray]:
     """Any number of rules as a few arrays, which hold one rule after the other."""
-    columns = {
+    arrays = {
         name: np.concatenate([np.zeros(0), *(getattr(rule, name) for rule in rules)])
-        for name in COLUMNS
+        for name in (*_COLUMNS, *_MATRIX)
     }
+    scalars: dict[str, np.ndarray] = {
+        name: np.array([getattr(rule, name) for rule in rules], kind)
+        for name, kind in _SCALARS.items()
+    }
+    ends = np.array([rule.enclosure for rule in rules], float).reshape(-1, 2).T
     return {
         "lengths": np.array([rule.nodes.size for rule in rules], int),
-        "num_deflated": np.array([rule.num_deflated for rule in rules], int),
-        "coupling": np.array([rule.coupling for rule in rules], float),
-        **columns,
+        "steps": np.array([rule.diagonal.size for rule in rules], int),
+        **dict(zip(_ENDS, ends, strict=True)),
+        **scalars,
+        **arrays,
     }
 
 
 def unpack(saved: dict[str, Any]) -> tuple[Rule, ...]:
     """The inverse of `pack`."""
-    columns = [np.split(saved[name], np.cumsum(saved["lengths"]))[:-1] for name in COLUMNS]
-    # Version 1 did not store the coupling.
-    coupling = saved.get("coupling", np.zeros(len(saved["lengths"])))
-    rows = zip(*columns, saved["num_deflated"], coupling, strict=True)
-    return tuple(
-        Rule(nodes, weights, int(num_deflated), residuals, float(beta))
-        for nodes, weights, residuals, num_deflated, beta in rows
-    )
+    count = len(saved["lengths"])
+    fields: list[dict[str, Any]] = [{} for _ in range(count)]
+    for names, lengths in ((_COLUMNS, "lengths"), (_MATRIX, "steps")):
+        for name in names if lengths in saved else ():
+            parts = np.split(saved[name], np.cumsum(saved[lengths]))[:-1]
+            for field, part in zip(fields, parts, strict=True):
+                field[name] = part
+    for name, kind in _SCALARS.items():
+        for field, value in zip(fields, saved.get(name, ()), strict=name in saved):
+            field[name] = kind(value)
+    if _ENDS[0] in saved:
+        for field, *ends in zip(fields, *(saved[end] for end in _ENDS), strict=True):
+            field["enclosure"] = (float(ends[0]), float(ends[1]))
+    return tuple(Rule(**field) for field in fields)
+
+
+def rule_as_json(rule: Rule) -> dict[str, Any]:
+    """A rule in types that JSON can hold. Floats keep every bit."""
+    arrays = {name: getattr(rule, name).tolist() for name in (*_COLUMNS, *_MATRIX)}
+    return arrays | {name: getattr(rule, name) for name in (*_SCALARS, "enclosure")}
+
+
+def rule_from_json(saved: dict[str, Any]) -> Rule:
+    """The inverse of `rule_as_json`."""
+    return Rule(**{**saved, "enclosure": tuple(saved["enclosure"])})
 
 
 def store(path: str | Path, form: str, version: int, arrays: dict[str, Any]) -> None:

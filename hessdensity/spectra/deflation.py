@@ -23,10 +23,11 @@ mean of |lambda_i(A) - lambda_i(T + C)| over sorted eigenvalues. This mean is at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from .quadrature import Rule, Tridiagonal, gauss_rule
+from .quadrature import Rule, Tridiagonal, gauss_rule, largest_point_mass
 
 # (v.q)^2 of a random v is smaller for only one eigenvector in 10^10 / sqrt(n), so that a smaller
 # weight is rounding error.
@@ -36,6 +37,16 @@ _WEIGHTLESS = 1e-20
 # Ritz value is then off by 1e-4 of that distance, and the weight by as much.
 _ISOLATED = 0.01
 
+# A node counts as a simple eigenvalue if a second copy would have stayed unseen with at most this
+# probability.
+_OVERLOOKED = 0.01
+
+# A node with less than this share of the weight of one eigenvalue is not a sighting of it.
+_SEEN = 1e-3
+
+# An end of the spectrum lies outside of the enclosure with this probability.
+_BEYOND = 0.05
+
 
 def combine(
     run: Tridiagonal | None, probes: list[Tridiagonal], dimension: int, *, implicit: bool = False
@@ -44,40 +55,78 @@ def combine(
 
     All m0 Ritz values of the run enter the rules of the probes, each with weight exactly 1/n. The
     Gauss rule of the probe has the remaining weight (n - m0)/n. The run is a probe too, because v0
-    was random. Its own quadrature is therefore one more rule, in which the isolated eigenvalues
-    that it found are reset to weight 1/n (`pin_isolated`).
+    was random. Its own quadrature is therefore one more rule, in which the simple isolated
+    eigenvalues that it found are reset to weight 1/n (`pin_isolated`). It is left out if it has
+    less than half of the steps of the probes.
 
     Args:
       run: the matrix of the deflation run, or None.
       probes: the matrices of the probes that were kept orthogonal to the run.
       dimension: n.
-      implicit: whether the probes kept no basis. Their ghosts are then merged, and isolated
+      implicit: whether the probes kept no basis. Their ghosts are then merged, and simple isolated
         eigenvalues have weight 1/n.
     """
+    enclosure = ends_of_the_spectrum([run] if run else probes, dimension)
     if implicit:
-        return tuple(pin_isolated(merge_ghosts(probe), dimension) for probe in probes)
-    if run is None:
-        return tuple(map(gauss_rule, probes))
+        merged = list(map(merge_ghosts, probes))
+        rules = [
+            pin_isolated(rule, dimension, simple_for_parallel_probes(probes, index))
+            for index, rule in enumerate(merged)
+        ]
+    elif run is None:
+        rules = list(map(gauss_rule, probes))
+    else:
+        rules = _deflated(run, probes, dimension)
+    return tuple(rule.enclosed(enclosure) for rule in rules)
+
+
+def _deflated(run: Tridiagonal, probes: list[Tridiagonal], dimension: int) -> list[Rule]:
     own = gauss_rule(run)
     left = dimension - run.length
-    ritz, vectors = run.eigh()
-    residuals = run.residuals(vectors)
     if not left:  # The run went through the whole space, so that these are all the eigenvalues.
-        return (Rule(ritz, np.full(dimension, 1 / dimension), dimension, residuals),)
+        weights = np.full(dimension, 1 / dimension)
+        return [Rule(own.nodes, weights, dimension, own.residuals)]
     if not probes:
-        return (own,)
-    parts = list(map(gauss_rule, probes))
+        return [own]
     rules = [
-        Rule(
-            np.concatenate([ritz, part.nodes]),
-            np.concatenate([np.full(ritz.size, 1 / dimension), part.weights * left / dimension]),
-            ritz.size,
-            np.concatenate([residuals, part.residuals]),
-            run.coupling,
-        )
-        for part in parts
+        deflated_rule(own.nodes, own.residuals, each, dimension, run.coupling) for each in probes
     ]
-    return (pin_isolated(own, dimension, parts), *rules)
+    if 2 * run.length < min(each.length for each in probes):
+        return rules  # its quadrature is far worse than theirs, and no probe can lower this error
+    simple = simple_for_orthogonal_probes(own.nodes, own.residuals, probes, left)
+    return [pin_isolated(own, dimension, simple), *rules]
+
+
+def deflated_rule(
+    ritz: np.ndarray,
+    residuals: np.ndarray,
+    probe: Tridiagonal,
+    dimension: int,
+    coupling: float,
+    coupling_rank: int = 1,
+) -> Rule:
+    """The rule of a probe in the complement of a subspace with these Ritz values.
+
+    Args:
+      ritz: the Ritz values (m0,), each of weight 1/n.
+      residuals: their residuals (m0,).
+      probe: the matrix of the probe, whose rule has the remaining weight (n - m0)/n.
+      dimension: n.
+      coupling: nuclear norm of the block that couples the subspace to its complement.
+      coupling_rank: rank of that block.
+    """
+    part = gauss_rule(probe)
+    share = (dimension - ritz.size) / dimension
+    return Rule(
+        np.concatenate([ritz, part.nodes]),
+        np.concatenate([np.full(ritz.size, 1 / dimension), part.weights * share]),
+        ritz.size,
+        np.concatenate([residuals, part.residuals]),
+        coupling,
+        coupling_rank,
+        part.diagonal,
+        part.off_diagonal,
+    )
 
 
 def merge_ghosts(probe: Tridiagonal) -> Rule:
@@ -91,51 +140,195 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
     that are closer than rounding can resolve are replaced by one node at their mean.
     """
     rule = gauss_rule(probe)
+    seen, first = _ghosts(rule, probe)
+    weights = rule.weights[seen]
+    mass = np.add.reduceat(weights, first)
+    center = np.add.reduceat(weights * rule.nodes[seen], first) / mass
+    residuals = np.minimum.reduceat(rule.residuals[seen], first)
+    return replace(rule, nodes=center, weights=mass / mass.sum(), residuals=residuals)
+
+
+def _ghosts(rule: Rule, probe: Tridiagonal) -> tuple[np.ndarray, np.ndarray]:
+    """(the nodes with a weight (m,) bool, the positions among them of each first copy)."""
     seen = rule.weights > _WEIGHTLESS
     nodes = rule.nodes[seen]
-    weights = rule.weights[seen]
-    residuals = rule.residuals[seen]
-    first = np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.rounding_error)
-    mass = np.add.reduceat(weights, first)
-    center = np.add.reduceat(weights * nodes, first) / mass
-    return Rule(center, mass / mass.sum(), 0, np.minimum.reduceat(residuals, first))
+    return seen, np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.rounding_error)
 
 
-def pin_isolated(rule: Rule, dimension: int, elsewhere: Sequence[Rule] = ()) -> Rule:
-    """The rule of a probe with weight 1/n for every isolated eigenvalue that the probe found.
+def isolated(rule: Rule) -> np.ndarray:
+    """(length,) bool: whether a node's residual is far below the distance to the other nodes."""
+    order = np.argsort(rule.nodes, kind="stable")
+    gaps = np.diff(rule.nodes[order])
+    distance = np.empty(rule.nodes.size)
+    distance[order] = np.minimum(np.append(gaps, np.inf), np.insert(gaps, 0, np.inf))
+    return rule.residuals <= _ISOLATED * distance
+
+
+def pin_isolated(rule: Rule, dimension: int, simple: np.ndarray) -> Rule:
+    """The rule of a probe with weight 1/n for every simple isolated eigenvalue that it found.
 
     This is implicit deflation, which takes the noise out of these weights. A node whose residual is
-    far below the distance to its neighbors is an eigenvalue, and its weight is (v.q)^2. But the
-    true weight of this eigenvalue is known: 1/n. The other components of the probe remain a uniform
-    point on their own sphere. The other weights are therefore rescaled to sum to (n - c)/n, where c
-    is the number of nodes that are reset.
+    far below the distance to its neighbors is an eigenvalue, and its weight is the squared length
+    of the probe's part in the eigenspace. If the eigenvalue is simple, its true weight is known:
+    1/n. The other components of the probe remain a uniform point on their own sphere. The other
+    weights are therefore rescaled to sum to (n - c)/n, where c is the number of nodes that are
+    reset. An eigenvalue that may be multiple keeps its weight and the noise of this weight.
 
     Args:
       rule: the rule of a probe, without deflated nodes.
       dimension: n.
-      elsewhere: rules of probes kept orthogonal to the basis of this one. A node that they find
-        again at the same place is a multiple eigenvalue, and keeps its weight. Without such rules,
-        an eigenvalue is taken to be simple unless its weight is too large for a simple one.
+      simple: (length,) bool: whether the probes have shown that the eigenvalue at a node has no
+        other copies.
 
     Returns:
       A `Rule` whose first c nodes are those that were reset.
     """
-    distance = np.full(rule.nodes.size, np.inf)
-    gaps = np.diff(rule.nodes)
-    distance[1:] = gaps
-    distance[:-1] = np.minimum(distance[:-1], gaps)
-    # A chi-square variable with one degree of freedom exceeds 20 once in 100,000 cases.
-    single = (rule.residuals <= _ISOLATED * distance) & (rule.weights * dimension < 20)
-    for other in elsewhere:
-        seen = other.weights * dimension > 1e-3
-        reach = np.minimum(
-            rule.residuals[:, None] + other.residuals[None, seen], distance[:, None] / 2
-        )
-        single &= ~np.any(np.abs(rule.nodes[:, None] - other.nodes[None, seen]) <= reach, axis=1)
-    rest = rule.weights[~single].sum()
-    if not single.any() or not rest > 0:
+    # Where another Ritz pair may still belong to the same eigenvalue, rounding has brought a copy.
+    distance = np.abs(rule.nodes[:, None] - rule.nodes)
+    np.fill_diagonal(distance, np.inf)
+    pinned = isolated(rule) & simple & np.all(distance > rule.residuals, axis=1)
+    rest = rule.weights[~pinned].sum()
+    if not pinned.any() or not rest > 0:
         return rule
-    count = int(single.sum())
-    order = np.concatenate([np.flatnonzero(single), np.flatnonzero(~single)])
-    weights = np.where(single, 1 / dimension, rule.weights * (1 - count / dimension) / rest)
-    return Rule(rule.nodes[order], weights[order], count, rule.residuals[order])
+    share = 1 - pinned.sum() / dimension
+    order = np.concatenate([np.flatnonzero(pinned), np.flatnonzero(~pinned)])
+    weights = np.where(pinned, 1 / dimension, rule.weights * share / rest)
+    return replace(
+        rule,
+        nodes=rule.nodes[order],
+        weights=weights[order],
+        num_deflated=int(pinned.sum()),
+        residuals=rule.residuals[order],
+        pinned=True,
+    )
+
+
+# Evidence that an eigenvalue is simple -----------------------------------------------------------
+
+
+def simple_for_orthogonal_probes(
+    values: np.ndarray, residuals: np.ndarray, probes: Sequence[Tridiagonal], left: int
+) -> np.ndarray:
+    """Whether probes orthogonal to the eigenvectors of some eigenvalues exclude other copies.
+
+    A copy would lie in the complement, where each probe is uniform on the sphere of N dimensions.
+    Its weight would follow the law Beta(1/2, (N - 1)/2). The moments of a probe bound the weight
+    that it can have at the eigenvalue (`largest_point_mass`). So the copy has stayed unseen with
+    at most the probability that the weight is below this bound, for every probe. A probe that has
+    found a node there has seen the copy.
+
+    Args:
+      values: the eigenvalues (c,).
+      residuals: (c,): an eigenvalue lies within this distance of each.
+      probes: the matrices of the probes.
+      left: N.
+
+    Returns:
+      (c,) bool.
+    """
+    from scipy.special import betainc
+
+    overlooked = np.ones(values.size)
+    around = values + residuals * np.linspace(-1, 1, 9)[:, None]
+    for probe in probes:
+        mass = largest_point_mass(probe, around).max(axis=0)
+        overlooked *= betainc(0.5, (left - 1) / 2, mass) if left > 1 else mass >= 1
+        rule = gauss_rule(probe)
+        seen = rule.weights * left > _SEEN
+        reach = residuals[:, None] + rule.residuals[seen]
+        overlooked[np.any(np.abs(values[:, None] - rule.nodes[seen]) <= reach, axis=1)] = 1.0
+    return overlooked <= _OVERLOOKED
+
+
+def simple_for_parallel_probes(probes: Sequence[Tridiagonal], index: int) -> np.ndarray:
+    """Whether probes that ran side by side have found the same eigenvector at a probe's nodes.
+
+    Let u and v be the starts of two probes, and P the projection to the eigenspace of an isolated
+    eigenvalue. The rules have u.Pu and v.Pv, and the inner products of the Lanczos vectors with the
+    other start give u.Pv. If the eigenvalue is simple, (u.Pv)^2 = u.Pu v.Pv. If it is multiple, Pu
+    and Pv point in random directions of its eigenspace. The squared cosine between them is then
+    close to 1 with a probability of at most 2/pi sqrt(1 - cosine^2).
+
+    Args:
+      probes: the matrices of all probes.
+      index: the position of the probe whose nodes are judged.
+
+    Returns:
+      (m,) bool, for the nodes of ``merge_ghosts(probes[index])``.
+    """
+    own = probes[index]
+    rule = gauss_rule(own)
+    seen, first = _ghosts(rule, own)
+    merged = merge_ghosts(own)
+    # u.Pv for all copies of an eigenvalue together, which holds without orthogonality of the basis.
+    _, vectors = own.eigh()
+    together = probes_together(probes, index)
+    if len(together) < 2:
+        return np.zeros(merged.nodes.size, bool)
+    crossed = (own.start_products[: own.length].T @ vectors) * vectors[0]
+    crossed = np.add.reduceat(crossed[:, seen], first, axis=1)
+    missed = np.ones(merged.nodes.size)
+    for column, other in enumerate(together):
+        if other == index:
+            continue
+        theirs = merge_ghosts(probes[other])
+        nearest = np.abs(merged.nodes[:, None] - theirs.nodes).argmin(axis=1)
+        reach = merged.residuals + theirs.residuals[nearest]
+        same = np.abs(merged.nodes - theirs.nodes[nearest]) <= reach
+        same &= isolated(theirs)[nearest]
+        squares = merged.weights * theirs.weights[nearest]
+        cosine = np.minimum(crossed[column] ** 2 / np.where(squares > 0, squares, np.inf), 1)
+        missed *= np.where(same, 2 / np.pi * np.sqrt(1 - cosine), 1.0)
+    return missed <= _OVERLOOKED
+
+
+def probes_together(probes: Sequence[Tridiagonal], index: int) -> list[int]:
+    """The positions of the probes that ran side by side with one probe, itself among them."""
+    first = 0
+    while first < len(probes):
+        count = max(probes[first].start_products.shape[1], 1)
+        if index < first + count:
+            return list(range(first, first + count))
+        first += count
+    return [index]
+
+
+# The ends of the spectrum ------------------------------------------------------------------------
+
+
+def ends_of_the_spectrum(runs: Sequence[Tridiagonal], dimension: int) -> tuple[float, float]:
+    """(low, high) within which each end of the spectrum lies with a probability of 95 %.
+
+    The smallest and the largest Ritz value lie inside the spectrum. An eigenvalue beyond them has
+    at least the weight of one eigenvector in every run from a random start, which follows the law
+    Beta(1/2, (n - 1)/2). The moments of a run bound the weight that is possible there
+    (`largest_point_mass`), and this bound falls fast. So the eigenvalue would have to be one that
+    every run overlooks (van Dorsselaer, Hochstenbach and van der Vorst 2000).
+    """
+    from scipy.special import betainc
+
+    ritz = np.concatenate([run.eigh()[0] for run in runs])
+    low, high = float(ritz.min()), float(ritz.max())
+    if dimension == 1 or any(run.length == dimension for run in runs):
+        return low, high
+
+    def overlooked(x: float) -> float:
+        masses = [float(largest_point_mass(run, np.array([x]))[0]) for run in runs]
+        return float(np.prod([betainc(0.5, (dimension - 1) / 2, mass) for mass in masses]))
+
+    def end(start: float, sign: int) -> float:
+        rounding = max(run.rounding_error for run in runs)
+        step = max(high - low, abs(low), abs(high)) * 1e-9 + rounding
+        if not step > 0:
+            return start
+        inside, outside = start, start + sign * step
+        while overlooked(outside) > _BEYOND:
+            step *= 2
+            inside, outside = outside, start + sign * step
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            beyond = overlooked(middle) > _BEYOND
+            inside, outside = (middle, outside) if beyond else (inside, middle)
+        return outside + sign * rounding
+
+    return end(low, -1), end(high, 1)

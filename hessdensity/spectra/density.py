@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from .estimate import Estimate
+from .estimate import BoundedEstimate
 from .measure import SpectralMeasure
 from .quadrature import Rule
 from .summary import found, summarize
@@ -27,19 +27,24 @@ class SpectralDensity(SpectralMeasure):
     The density is the mean of ``rules``, one for each probe. Everything below is computed from
     these rules. ``print(density)`` shows a summary.
 
-    Error bars describe the randomness of the probes, exactly. Each probe is uniform on the sphere
-    of N = n - num_deflated dimensions. Over its part of the spectrum, the expectation of f has
-    variance 2/(N + 2) x (mean f^2 - (mean f)^2), and a share F follows a Beta law. Error bars are
-    defined even for a single probe. They leave out the errors of quadrature (num_steps too small)
-    and of deflation, except where a method says otherwise (`cdf_bounds`, `mass`).
-    ``description["error"]`` estimates all of these errors.
+    Estimates are `BoundedEstimate`. Their intervals hold three errors, and have each by itself:
+
+    - The probes are random. Each is uniform on the sphere of N = n - num_deflated dimensions. Over
+      its part of the spectrum, the expectation of f has variance 2/(N + 2) x
+      (mean f^2 - (mean f)^2), and a share F follows a Beta law. One probe is enough for this.
+      ``standard_error`` is the error of the probes alone.
+    - Quadrature has few steps. The rules that agree with what a probe has seen differ by this
+      error (`hessdensity.spectra.quadrature`).
+    - Deflation leaves out a coupling (`hessdensity.spectra.deflation`).
+
+    ``description["error"]`` estimates the distance to the true spectrum by cause.
 
     Example:
       >>> import hessdensity as hd
       >>> rule = hd.Rule(nodes=[0, 2], weights=[0.75, 0.25], num_deflated=0, residuals=[0, 0])
       >>> density = hd.SpectralDensity((rule,), dimension=100, num_matvecs=2)
-      >>> print(f"{density.trace():.3g}, {density.cdf(1.0):.2g}")
-      50 ± 12, 0.75 ± 0.061
+      >>> print(f"trace {density.trace():.3g}, share up to 1 {density.cdf(1.0):.2g}")
+      trace 50 (30 to 77), share up to 1 0.75 (0.61 to 0.85)
     """
 
     kind: ClassVar[str] = "density"
@@ -56,20 +61,28 @@ class SpectralDensity(SpectralMeasure):
     eigenspace: Eigenspace | None = None
     """The deflated Ritz vectors, if ``keep_eigenspace`` asked for them. They are not saved."""
 
-    def trace(self) -> Estimate:
-        """tr(H), in eigenvalue units."""
-        mean = self.moment(1)
-        n = self.dimension
-        return Estimate(n * mean.value, n * mean.standard_error, n * mean.lower, n * mean.upper)
+    def trace(self) -> BoundedEstimate:
+        """tr(H), in eigenvalue units. Quadrature and deflation leave it exact."""
+        return self.moment(1).map(lambda part: self.dimension * part)
 
-    def frobenius_norm(self) -> Estimate:
+    def frobenius_norm(self) -> BoundedEstimate:
         """sqrt(tr(H^2)), in eigenvalue units."""
         square = self.moment(2)
-        value, lower, upper = (
-            float(np.sqrt(self.dimension * x)) for x in (square.value, square.lower, square.upper)
+
+        def root(mean: float) -> float:
+            return float(np.sqrt(self.dimension * max(mean, 0)))
+
+        value = root(square.value)
+        slope = self.dimension / (2 * value) if value else 0.0
+        return BoundedEstimate(
+            value,
+            slope * square.standard_error,
+            root(square.lower),
+            root(square.upper),
+            (root(square.quadrature[0]), root(square.quadrature[1])),
+            slope * square.coupling,
+            (root(square.probes[0]), root(square.probes[1])),
         )
-        error = self.dimension * square.standard_error / (2 * value) if value else 0.0
-        return Estimate(value, error, lower, upper)
 
     @property
     def outliers(self) -> np.ndarray:

@@ -34,10 +34,8 @@ def distance(a: SpectralMeasure | Any, b: SpectralMeasure | Any) -> float:
 
 def _measure(spectrum: SpectralMeasure | Any) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(spectrum, SpectralMeasure):
-        rules = spectrum.rules
-        return np.concatenate([r.nodes for r in rules]), np.concatenate(
-            [r.weights for r in rules]
-        ) / len(rules)
+        nodes, weights = zip(*(rule.estimate for rule in spectrum.rules), strict=True)
+        return np.concatenate(nodes), np.concatenate(weights) / len(spectrum.rules)
     values = np.asarray(spectrum, float)
     if values.ndim != 1 or not values.size:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,39 +54,112 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class BoundedEstimate(Estimate):
-    """An estimated share of a spectrum, with a separate field for each error.
+    """An estimate from a spectrum, with a separate field for each error.
 
     ``lower`` and ``upper`` combine all of the errors. They are not the sum of the separate errors:
     the interval of the probes is computed at both ends of the interval of quadrature, where it has
-    a different width than around the value.
+    a different width than around the value. ``standard_error`` is that of the probes alone.
+
+    It prints with its interval.
+
+    Example:
+      >>> print(BoundedEstimate(0.5, 0.01, 0.2, 0.9, (0.22, 0.88), 0.001, (0.48, 0.52)))
+      0.5 (0.2 to 0.9)
     """
 
     quadrature: tuple[Any, Any]
-    """(lower, upper): certain bounds on the value of these probes after infinitely many steps."""
-    coupling: Any
-    """A certain bound on how far deflation has moved the share.
+    """(lower, upper): bounds on the value of these probes after infinitely many exact steps.
 
-    It is 1/n for each finite end of the interval, and less where some rules leave nothing out.
+    They are certain for shares and quantiles, and estimated for other quantities.
+    """
+    coupling: Any
+    """A certain bound on how far deflation has moved the value.
+
+    For a share it is b/n for each end among the eigenvalues that deflation may have moved, where b
+    is the rank of the coupling, and less where some rules leave nothing out.
     """
     probes: tuple[Any, Any]
     """(lower, upper): 95 % bounds for the randomness of the probes alone, around the value."""
+
+    def __format__(self, spec: str) -> str:
+        if np.ndim(self.value):
+            widest = format(np.max(np.asarray(self.upper) - self.lower), spec)
+            return f"{np.shape(self.value)} estimates, intervals of up to {widest}"
+        ends = (format(float(end), spec) for end in (self.lower, self.upper))
+        return f"{format(float(self.value), spec)} ({' to '.join(ends)})"
+
+    def map(self, f: Callable[[Any], Any]) -> BoundedEstimate:
+        """The estimate with ``f`` applied to its value and to all bounds. ``f`` must increase.
+
+        The standard error and the coupling are scaled by ``f`` as a difference is, so that ``f``
+        must be linear, such as a reshape or a multiplication.
+        """
+        return BoundedEstimate(
+            f(self.value),
+            f(self.standard_error),
+            f(self.lower),
+            f(self.upper),
+            (f(self.quadrature[0]), f(self.quadrature[1])),
+            f(self.coupling),
+            (f(self.probes[0]), f(self.probes[1])),
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class DataEstimate(Estimate):
     """An estimate whose error is that of a finite sample of data.
 
-    The error says how far the estimate would vary from one data set to the next.
+    ``standard_error`` says how far the estimate would vary from one data set to the next. ``lower``
+    and ``upper`` combine this error with the two others that an estimate may have: the error of its
+    computation, and the bias of a finite sample.
+
+    It prints with its interval.
     """
 
     parts: np.ndarray
     """(J, ...): the estimate from each of J parts of the data alone."""
-    bias: Any = None
-    """The part of the value that is due to the finite number of examples, or None if unknown.
+    data: tuple[Any, Any]
+    """(lower, upper): 95 % bounds for the sample of data alone, around the value."""
+    computation: tuple[Any, Any]
+    """(lower, upper): bounds for the error of the computation alone, around the value.
 
-    It is exact to first order in one over that number. With too few data, outliers come out too
-    large.
+    For a functional of a density, this is the error of its probes, quadrature and deflation. For an
+    eigenvalue, it is the residual.
     """
+    bias: Any = None
+    """The estimated bias that the value would have without correction, or None if unknown.
+
+    The cause of this bias is the finite number of examples. With too few data, outliers come out
+    too large. The value has been corrected for it, exactly to first order in one over that number.
+    """
+    bias_range: tuple[Any, Any] | None = None
+    """(lowest, highest): the biases that ``lower`` and ``upper`` allow for, or None if unknown."""
+
+    def __format__(self, spec: str) -> str:
+        if np.ndim(self.value):
+            widest = format(np.max(np.asarray(self.upper) - self.lower), spec)
+            return f"{np.shape(self.value)} estimates, intervals of up to {widest}"
+        ends = (format(float(end), spec) for end in (self.lower, self.upper))
+        return f"{format(float(self.value), spec)} ({' to '.join(ends)})"
+
+
+class Reach(NamedTuple):
+    """The distances from a value down to the lower end of an interval, and up to the upper end."""
+
+    below: np.ndarray
+    above: np.ndarray
+
+
+NOTHING = Reach(np.zeros(()), np.zeros(()))
+
+
+class Bias(NamedTuple):
+    """The bias of a value that has not been corrected for it."""
+
+    value: np.ndarray | None
+    """The best estimate, or None if there is none. The value is then not corrected."""
+    lowest: np.ndarray
+    highest: np.ndarray
 
 
 def estimate_of_parts(
@@ -93,21 +167,36 @@ def estimate_of_parts(
     variance: np.ndarray,
     spread: np.ndarray,
     parts: np.ndarray,
-    bias: np.ndarray | None = None,
+    computation: Reach = NOTHING,
+    bias: Bias | None = None,
 ) -> DataEstimate:
     """The `DataEstimate` of a value, from its estimates on J parts of the data (J, ...).
 
-    The interval covers the variance ``spread``, which is at least ``variance``.
+    Args:
+      value: the value, before the correction of its bias.
+      variance: the square of the standard error.
+      spread: the variance that the interval covers, at least ``variance``. With J - 1 degrees of
+        freedom, it gives Student's t interval.
+      parts: the estimates on the parts.
+      computation: the error of the computation. It is independent of the data, so that the squares
+        of the distances add up.
+      bias: the bias of ``value``. The interval covers every bias in its range.
     """
     from scipy.special import stdtrit
 
-    reach = stdtrit(len(parts) - 1, 0.975) * np.sqrt(spread)
+    data = stdtrit(len(parts) - 1, 0.975) * np.sqrt(spread)
+    below, above = (np.hypot(data, each) for each in computation)
+    lowest, highest = (bias.lowest, bias.highest) if bias else (0.0, 0.0)
+    best = value if bias is None or bias.value is None else value - bias.value
     number: Any = float if np.ndim(value) == 0 else np.asarray
     return DataEstimate(
-        value=number(value),
+        value=number(best),
         standard_error=number(np.sqrt(variance)),
-        lower=number(value - reach),
-        upper=number(value + reach),
+        lower=number(value - highest - below),
+        upper=number(value - lowest + above),
         parts=parts,
-        bias=None if bias is None else number(bias),
+        data=(number(best - data), number(best + data)),
+        computation=(number(best - computation.below), number(best + computation.above)),
+        bias=None if bias is None or bias.value is None else number(bias.value),
+        bias_range=(number(lowest), number(highest)) if bias else None,
     )

@@ -12,7 +12,16 @@ import numpy as np
 
 from . import archive
 from .estimate import BoundedEstimate, Estimate
+from .functions import checked, constant_variation, sampled_variation
 from .quadrature import Rule
+from .smoothing import (
+    LINEAR,
+    Coordinate,
+    kernel,
+    kernel_variation,
+    resolution,
+    seen_density,
+)
 from .statistics import RuleStatistics
 from .summary import summarize
 
@@ -33,15 +42,14 @@ class SpectralMeasure:
 
     `hessdensity.spectral_measure` computes it, and ``print(measure)`` shows a summary. In its
     methods, a share of the eigenvalues means a share of the squared norm |g|^2. Nothing is random:
-    standard errors are 0, and ``lower`` and ``upper`` include the error of quadrature where a
-    method says so (`cdf_bounds`, `mass`).
+    standard errors are 0, and ``lower`` and ``upper`` are the error of quadrature.
 
     Example:
       >>> import hessdensity as hd
       >>> rule = hd.Rule(nodes=[0, 2], weights=[0.75, 0.25], num_deflated=0, residuals=[0, 0])
       >>> measure = hd.SpectralMeasure((rule,), dimension=100, num_matvecs=2)
       >>> print(f"Rayleigh quotient {measure.moment(1):.3g}")
-      Rayleigh quotient 0.5 ± 0
+      Rayleigh quotient 0.5 (0.5 to 0.5)
     """
 
     kind: ClassVar[str] = "measure"
@@ -88,13 +96,29 @@ class SpectralMeasure:
 
     @property
     def bandwidth(self) -> float:
-        """The default smoothing: 1/500 of the range of the nodes.
+        """The default smoothing: a standard deviation, in eigenvalue units.
 
-        It is a standard deviation, in eigenvalue units.
+        It is 1/500 of the range of the nodes, or half of the median distance between the nodes
+        that are no eigenvalues, if that is larger. Below it, most of the spectrum is not resolved:
+        only more steps make it finer.
         """
-        low, high = self.extent
+        return self.resolved_bandwidth()
+
+    @property
+    def resolved_from(self) -> float:
+        """The bandwidth below which most of the spectrum is not resolved, in eigenvalue units.
+
+        It is half of the median distance between nodes that are no eigenvalues, by weight, and 0
+        if there are none.
+        """
+        return resolution(self.rules) / 2
+
+    def resolved_bandwidth(self, coordinate: Coordinate = LINEAR) -> float:
+        """The default smoothing in a coordinate of the axis, in its units (see `bandwidth`)."""
+        low, high = (float(end) for end in coordinate.forward(np.array(self.extent)))
         scale = max(abs(low), abs(high))
-        return max((high - low) / 500, scale / 1e5) or 1.0
+        smallest = max((high - low) / 500, scale / 1e5)
+        return max(smallest, resolution(self.rules, coordinate) / 2) or 1.0
 
     @property
     def extent(self) -> tuple[float, float]:
@@ -107,40 +131,50 @@ class SpectralMeasure:
 
     # Smooth quantities ----------------------------------------------------------------------------
 
-    def pdf(self, x: Any, bandwidth: float | None = None) -> Estimate:
-        """The smoothed density at x: mean over the rules of sum_i w_i N(x; node_i, bandwidth^2).
+    def pdf(
+        self, x: Any, bandwidth: float | None = None, coordinate: Coordinate = LINEAR
+    ) -> BoundedEstimate:
+        """The smoothed density at x: the mean over the spectrum of N(x; lambda, bandwidth^2).
 
         Args:
           x: eigenvalues, any shape.
           bandwidth: standard deviation of the Gaussian, in eigenvalue units (default:
             ``self.bandwidth``).
+          coordinate: a map of the axis, such as that of a symlog plot. The Gaussian is then one of
+            the coordinate, ``bandwidth`` is in its units, and the density is per unit of it.
 
         Returns:
-          `Estimate` of x's shape, in 1/eigenvalue units. It is not renormalized on a grid.
+          `BoundedEstimate` of x's shape, in 1/eigenvalue units. It is not renormalized on a grid.
+          The error of quadrature is estimated where the kernel is wider than the distance between
+          the nodes of the families. Elsewhere it is certain, and wide.
 
         Raises:
           ValueError: ``bandwidth`` is not positive.
         """
-        width = self.bandwidth if bandwidth is None else bandwidth
+        width = self.resolved_bandwidth(coordinate) if bandwidth is None else bandwidth
         if not width > 0:
             raise ValueError(
                 f"bandwidth={bandwidth}, expected a positive standard deviation in eigenvalue "
                 "units."
             )
+        forward = coordinate.forward
         x = np.asarray(x, float)
-
-        def kernel(nodes: np.ndarray) -> np.ndarray:
-            return np.exp(-0.5 * ((x.ravel() - nodes[:, None]) / width) ** 2) / (
-                width * np.sqrt(2 * np.pi)
-            )
-
-        value, error, lower, upper = (
-            part.reshape(x.shape) for part in self._statistics.expectations(kernel)
+        points = forward(x.ravel())
+        statistics = self._statistics
+        estimate = statistics.expectations(
+            lambda nodes: kernel(points - forward(nodes)[:, None], width),
+            lambda *ends: kernel_variation(points, width, *map(float, forward(np.array(ends)))),
+            lambda index: seen_density(statistics, index, points, width, coordinate),
+            unbounded_slope=coordinate is not LINEAR,
         )
-        return Estimate(value, error, lower, upper)
+        return estimate.map(lambda part: np.reshape(part, x.shape))
 
-    def expectation(self, f: Callable[[np.ndarray], Any]) -> Estimate:
+    def expectation(self, f: Callable[[np.ndarray], Any]) -> BoundedEstimate:
         """Mean of ``f``: g.f(H)g / |g|^2 for the measure of g, tr f(H) / n for a density.
+
+        The error of quadrature is estimated from the rules that agree with what the probes have
+        seen. It is not certain: a jump or a spike of ``f`` between the nodes stays unseen. For the
+        share between two values, `mass` has certain bounds.
 
         Args:
           f: an elementwise function of an array of nodes, such as ``np.log1p``.
@@ -148,40 +182,38 @@ class SpectralMeasure:
         Raises:
           ValueError: ``f`` does not return one finite number for each node.
         """
+        values = checked(f, self.extent)
+        return self._statistics.signed_expectation(
+            values, sampled_variation(values, self.rules, self.extent)
+        )
 
-        def values(nodes: np.ndarray) -> np.ndarray:
-            result = np.asarray(f(nodes), float)
-            if result.shape != nodes.shape or not np.all(np.isfinite(result)):
-                raise ValueError(
-                    f"f must return one finite number for each node. For {nodes.size} nodes from "
-                    f"{nodes.min():.3g} to {nodes.max():.3g} it returned shape {result.shape}, "
-                    f"with {np.sum(~np.isfinite(result))} not finite. Define f for negative nodes, "
-                    "too."
-                )
-            return result[:, None]
-
-        return self._statistics.signed_expectation(values)
-
-    def moment(self, k: int) -> Estimate:
+    def moment(self, k: int) -> BoundedEstimate:
         """Mean of the k-th power, in eigenvalue units to the power k.
 
         Quadrature is exact up to k = 2 num_steps - 1.
         """
-        return self.expectation(lambda nodes: nodes**k)
+        values = checked(lambda nodes: nodes**k, self.extent)
+        # The trace is that of the two parts, whatever couples them.
+        variation = (
+            constant_variation if k < 2 else sampled_variation(values, self.rules, self.extent)
+        )
+        exact = k < self._statistics.num_exact_moments
+        return self._statistics.signed_expectation(values, variation, exact)
 
     # Shares and quantiles -------------------------------------------------------------------------
 
-    def cdf(self, x: Any) -> Estimate:
-        """Share of the eigenvalues that are <= x: the cumulative of the rules, a step function.
+    def cdf(self, x: Any) -> BoundedEstimate:
+        """Share of the eigenvalues that are <= x, with bounds that include every error.
+
+        The value is a step function. The bounds are those of `cdf_bounds` without an enclosure.
 
         Args:
           x: eigenvalues, any shape.
 
         Returns:
-          `Estimate` of x's shape. ``lower`` and ``upper`` follow from the Beta law of the probes.
+          `BoundedEstimate` of x's shape.
         """
-        share = self._statistics.share(-np.inf, np.asarray(x, float))
-        return Estimate(share.value, share.standard_error, *share.probes)
+        return self._statistics.share(-np.inf, np.asarray(x, float))
 
     def cdf_bounds(
         self, x: Any, enclosure: tuple[float, float] = (-np.inf, np.inf)
@@ -243,42 +275,69 @@ class SpectralMeasure:
             raise ValueError(f"low={low}, high={high}: expected low <= high.")
         return self._statistics.share(float(low), float(high))
 
-    def quantile(self, p: float) -> Estimate:
+    def quantile(self, p: float) -> BoundedEstimate:
         """The eigenvalue below which a share p of the spectrum lies.
 
-        It is the smallest node with cdf >= p. ``lower`` and ``upper`` invert the bounds of `cdf`.
-        The standard error is a quarter of the distance between them.
+        It is the smallest node with cdf >= p. ``lower`` and ``upper`` invert the bounds of `cdf`,
+        so that they include every error. The standard error is a quarter of the distance between
+        the bounds that the probes alone would give. Where a bound stays beyond p up to the last
+        node, the end of the spectrum (see `extremes`) takes its place.
 
         Raises:
           ValueError: ``p`` is not in [0, 1].
         """
         if not 0 <= p <= 1:
             raise ValueError(f"p={p}, expected a share in [0, 1].")
-        nodes = np.unique(np.concatenate([rule.nodes for rule in self.rules]))
+        nodes = np.unique(np.concatenate([rule.estimate[0] for rule in self.rules]))
         cdf = self.cdf(nodes)
+        smallest, largest = self.extremes()
 
-        def first(levels: np.ndarray) -> float:
+        def first(levels: np.ndarray, beyond: float) -> float:
             # Sums of weights miss 1 by rounding. If they miss p, the answer is the last node.
-            return float(nodes[min(int(np.searchsorted(levels, p - 1e-12)), nodes.size - 1)])
+            position = int(np.searchsorted(np.maximum.accumulate(levels), p - 1e-12))
+            found = float(nodes[position]) if position < nodes.size else beyond
+            return float(np.clip(found, smallest.lower, largest.upper))
 
-        lower, value, upper = (
-            first(np.maximum.accumulate(level)) for level in (cdf.upper, cdf.value, cdf.lower)
+        last = float(nodes[-1])
+        # The bounds are constant up to the next node, which the eigenvalue may be just below.
+        lower = first(np.append(cdf.upper[1:], 1.0), last)
+        least = first(np.append(cdf.quadrature[1][1:], 1.0), last)
+        value = first(cdf.value, last)
+        upper = first(cdf.lower, largest.upper)
+        most = first(cdf.quadrature[0], largest.upper)
+        probes = first(cdf.probes[1], last), first(cdf.probes[0], last)
+        moved = [first(cdf.value + sign * cdf.coupling, last) - value for sign in (-1, 1)]
+        return BoundedEstimate(
+            value,
+            (probes[1] - probes[0]) / 4,
+            min(lower, value),
+            max(upper, value),
+            (min(least, value), max(most, value)),
+            max(map(abs, moved)),
+            probes,
         )
-        return Estimate(value, (upper - lower) / 4, lower, upper)
 
     def extremes(self) -> Extremes:
-        """The smallest and the largest node, with their residuals as errors.
+        """The smallest and the largest node. Their standard errors are their residuals.
 
-        An eigenvalue lies in [lower, upper]. It is the extreme one if the residual is far below the
-        gaps to the neighbors. But products alone cannot prove that no eigenvalue lies beyond,
-        because a probe may miss a direction.
+        An eigenvalue lies within the residual of the node. The interval from ``lower`` to ``upper``
+        contains the end of the spectrum in 95 % of runs: the node lies inside of the spectrum, and
+        a random start overlooks an eigenvalue only if its weight there is very small
+        (`hessdensity.spectra.deflation.ends_of_the_spectrum`). For the measure of a vector, an
+        eigenvalue lies in the interval, and nothing is known of others.
         """
         nodes = np.concatenate([rule.nodes for rule in self.rules])
         residuals = np.concatenate([rule.residuals for rule in self.rules])
-        ends = [(float(nodes[i]), float(residuals[i])) for i in (nodes.argmin(), nodes.argmax())]
-        return Extremes(
-            *(Estimate(node, residual, node - residual, node + residual) for node, residual in ends)
-        )
+        rounding = float(residuals.min())
+        ends = []
+        for position, sign in ((nodes.argmin(), -1), (nodes.argmax(), 1)):
+            node, residual = float(nodes[position]), float(residuals[position])
+            beyond = self._statistics.enclosure[(1 + sign) // 2]
+            interval = sorted((node - sign * rounding, max(sign * beyond, sign * node) * sign))
+            if not np.isfinite(beyond):
+                interval = [node - residual, node + residual]
+            ends.append(Estimate(node, residual, *interval))
+        return Extremes(*ends)
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
         """Draw the distribution, and return the matplotlib Axes.

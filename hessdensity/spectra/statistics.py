@@ -1,258 +1,240 @@
-"""Estimates of a spectrum from random probes, with their error bars."""
+"""Means of functions over a spectrum from random probes, with every error that they have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from .estimate import BoundedEstimate, Estimate
-from .quadrature import Rule, cumulative, cumulative_bounds
+from .estimate import BoundedEstimate
+from .intervals import positive_interval
+from .quadrature import ANGLES, Rule
+from .shares import Range, Shares, uncertainty
 
 Values = Callable[[np.ndarray], np.ndarray]
 """Several functions in one, which maps nodes (j,) to values (j, number of functions)."""
 
+# The spread of a family is the error of quadrature only to leading order: this many spreads are
+# taken (``benchmarks/bounds.py``).
+_SPREADS = 1.5
 
-class RuleStatistics:
-    """Statistics of k rules, which are independent measurements of a spectrum of n eigenvalues.
 
-    The deflated part of a rule is certain. The remaining N = n - num_deflated dimensions are left
-    to the rule's probe, which is uniform on their sphere. The mean of f over the probe's part has
-    variance 2/(N + 2) x (mean f^2 - (mean f)^2), and a share F follows a Beta law.
+_CLOSER = 4  # times that the angles around an extreme are refined
 
-    Args:
-      rules: one for each probe. They may differ in their number of deflated nodes.
-      dimension: n.
-      random: whether the rules come from random probes. Otherwise quadrature is the only error.
+
+class Variation(NamedTuple):
+    """How much several functions change on an interval, (number of functions,) each."""
+
+    total: np.ndarray
+    """The total variation."""
+    steepest: np.ndarray
+    """The largest absolute derivative."""
+
+
+class RuleStatistics(Shares):
+    """What k rules know of the means of functions over a spectrum of n eigenvalues.
+
+    The mean of f over a probe's part has variance 2/(N + 2) x (mean f^2 - (mean f)^2). The error of
+    quadrature is estimated by the spread of a family.
     """
 
-    def __init__(self, rules: tuple[Rule, ...], dimension: int, random: bool) -> None:
-        left = np.array([dimension - rule.num_deflated for rule in rules], float)
-        self._rules = rules
-        self._each = left / dimension
-        """Share of the dimensions that each rule leaves to its probe."""
-        self._part = float(self._each.mean())
-        """Mean of these shares over the rules."""
-        # ``freedom`` belongs to the mean of the probes' parts, weighted by their shares. The
-        # variance of this mean is 2/freedom times the variance over the spectrum. It is estimated
-        # without bias by 2/(freedom - 2) times the variance within the rules, because the rules
-        # scatter around their own mean. For equal rules, freedom = k (N + 2).
-        squares = np.sum(self._each**2 / (left + 2))
-        self._freedom = (
-            np.inf if not random or not squares else float(self._each.sum() ** 2 / squares)
-        )
-        self._dimension = max(float(left.mean()), 1.0)
-        self._coupled = float(np.mean([rule.coupling > 0 for rule in rules])) / dimension
-        """The largest error of the cumulative from the couplings that the rules leave out."""
+    @property
+    def num_exact_moments(self) -> float:
+        """Moments below this degree have no error of quadrature."""
+        return min(map(_exact_moments, self._rules))
 
-    def _deflated(self, values: Values) -> np.ndarray:
-        """The contribution of the deflated parts to the means, which has no random error."""
-        counts = [rule.num_deflated for rule in self._rules]
-        pairs = zip(self._rules, counts, strict=True)
-        return np.mean(
-            [(rule.weights[:c, None] * values(rule.nodes[:c])).sum(0) for rule, c in pairs], axis=0
-        )
+    def expectations(
+        self,
+        values: Values,
+        variation: Callable[[float, float], Variation],
+        certain: Callable[[int], Range | None] = lambda _: None,
+        exact: bool = False,
+        unbounded_slope: bool = False,
+    ) -> BoundedEstimate:
+        """The means of several functions that are never negative.
 
-    def _parts(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(nodes, weights) of each probe's Gauss rule, with weights that sum to 1.
-
-        If no dimension is left to a probe, its rule has a single node, with weight 0.
+        Args:
+          values: the functions.
+          variation: how much they change on an interval, which the coupling moves eigenvalues in.
+          certain: maps the position of a rule to certain bounds on what its probe has seen, or
+            None. Where they are not NaN, they replace the spread of the family.
+          exact: whether quadrature and deflation are exact for these functions.
+          unbounded_slope: whether ``variation`` knows only the total variation.
         """
-        parts = []
-        for rule in self._rules:
-            nodes = rule.nodes[rule.num_deflated :]
-            weights = rule.weights[rule.num_deflated :]
-            parts.append(
-                (nodes, weights / weights.sum()) if nodes.size else (np.zeros(1), np.zeros(1))
-            )
-        return parts
+        seen, spread = self._seen(values, certain, exact)
+        mean = self._mean(seen)
+        error = np.sqrt(2 * spread / max(self._freedom - 2, 1))
+        bounds = (mean.value, mean.value)
+        if np.isfinite(self._freedom):
+            bounds = positive_interval(mean.value, error, self._freedom, self._dimension)
+        # The law of the probes is one of ratios, so that it also holds at the ends of quadrature.
+        ratios = [
+            np.divide(end, mean.value, out=np.ones_like(end), where=mean.value > 0)
+            for end in bounds
+        ]
+        coupling = np.zeros_like(error) + self._coupling_error(variation, unbounded_slope)
+        sure = self._deflated(values)
+        least = np.maximum(mean.least, 0)
+        ends = least * ratios[0], mean.most * ratios[1]
+        return BoundedEstimate(
+            sure.value + self._part * mean.value,
+            self._part * error,
+            np.maximum(sure.least + self._part * ends[0] - coupling, 0),
+            sure.most + self._part * ends[1] + coupling,
+            (sure.least + self._part * least, sure.most + self._part * mean.most),
+            coupling,
+            (sure.value + self._part * bounds[0], sure.value + self._part * bounds[1]),
+        )
 
-    def _mean(self, parts: list[Any]) -> np.ndarray:
-        """Mean over the probes' parts (one array for each), weighted by their shares."""
-        weights = self._each / (self._each.sum() or 1)
-        return np.tensordot(weights, np.stack(parts), axes=1)
+    def signed_expectation(
+        self,
+        values: Values,
+        variation: Callable[[float, float], Variation],
+        exact: bool = False,
+    ) -> BoundedEstimate:
+        """The mean of a single function, which may take both signs."""
+        # A constant has no noise. Around it, a function is the difference of two that are not
+        # negative. The upper end of one is therefore combined with the lower end of the other.
+        middle = self._median(values)
+        gain = self.expectations(lambda x: np.maximum(values(x) - middle, 0), variation, exact=True)
+        loss = self.expectations(lambda x: np.maximum(middle - values(x), 0), variation, exact=True)
+        whole, spread = self._seen(values, lambda _: None, exact)
+        mean = self._mean(whole)
+        error = self._part * np.sqrt(2 * spread / max(self._freedom - 2, 1))
+        coupling = np.zeros_like(error) + self._coupling_error(variation)
+        sure = self._deflated(values)
+        value = sure.value + self._part * mean.value
+        quadrature = sure.least + self._part * mean.least, sure.most + self._part * mean.most
+        probes = (
+            middle + gain.probes[0] - loss.probes[1],
+            middle + gain.probes[1] - loss.probes[0],
+        )
+        # The parts of one sign have kinks, so that quadrature is worse for them than for the whole.
+        lower = probes[0] - (value - quadrature[0]) - coupling
+        upper = probes[1] + (quadrature[1] - value) + coupling
+        found = BoundedEstimate(value, error, lower, upper, quadrature, coupling, probes)
+        return found.map(lambda part: float(part[0]))
 
-    def expectations(self, values: Values) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(value, standard error, lower, upper) of the means of several functions.
+    def _median(self, values: Values) -> float:
+        """The median of a function over what the probes have seen."""
+        nodes, weights = (
+            np.concatenate(each)
+            for each in zip(*(members[0] for members in self.members), strict=True)
+        )
+        found = values(nodes)[:, 0]
+        order = np.argsort(found)
+        sums = np.cumsum(weights[order])
+        return float(found[order][np.searchsorted(sums, sums[-1] / 2)])
 
-        The bounds hold for functions that are never negative.
-        """
-        parts = [(values(nodes), weights[:, None]) for nodes, weights in self._parts()]
-        mean = self._mean([(weights * f).sum(0) for f, weights in parts])
+    def _seen(
+        self, values: Values, certain: Callable[[int], Range | None], exact: bool
+    ) -> tuple[list[Range], np.ndarray]:
+        """What each probe has seen of the functions' means, and their variance over the rules."""
+        found = []
+        means = []
+        for index, members in enumerate(self.members):
+            each = [(values(nodes), weights[:, None]) for nodes, weights in members]
+            member_means = np.array([(weights * f).sum(0) for f, weights in each])
+            # The first member is the Gauss rule, which is the only one without a family.
+            value = member_means[1:].mean(0) if len(each) > 1 else member_means[0]
+            means.append(each[1:] or each)
+            least = most = value
+            if not exact and not self._rules[index].exact:
+                ends = member_means.min(0), member_means.max(0)
+                if value.size == 1:
+                    ends = self._extremes_of_family(index, values, member_means[:, 0])
+                least, most = (value + _SPREADS * (end - value) for end in ends)
+                sure = certain(index)
+                if sure is not None:
+                    least = np.where(np.isnan(sure.least), least, np.minimum(sure.least, value))
+                    most = np.where(np.isnan(sure.most), most, np.maximum(sure.most, value))
+            moved = self._rounding(index, values)
+            found.append(Range(value, least - moved, most + moved))
+        pooled = self._mean(found).value
         # The spread is taken around the pooled mean. The formula mean f^2 - (mean f)^2 would cancel
         # when f is far from zero.
-        spread = self._mean([(weights * (f - mean) ** 2).sum(0) for f, weights in parts])
-        error = np.sqrt(2 * spread / max(self._freedom - 2, 1))
-        bounds = (mean, mean)
-        if np.isfinite(self._freedom):
-            bounds = positive_interval(mean, error, self._freedom, self._dimension)
-        deflated = self._deflated(values)
-        value, lower, upper = (deflated + self._part * part for part in (mean, *bounds))
-        return value, self._part * error, lower, upper
+        spreads = [
+            np.mean([(weights * (f - pooled) ** 2).sum(0) for f, weights in each], axis=0)
+            for each in means
+        ]
+        return found, self._weighted(spreads)
 
-    def signed_expectation(self, values: Values) -> Estimate:
-        """The mean of a single function, which may take both signs."""
-        value, error, *_ = self.expectations(values)
-        # A signed function is the difference of two non-negative ones. The upper end of one is
-        # therefore combined with the lower end of the other.
-        _, _, gain_low, gain_high = self.expectations(lambda nodes: np.maximum(values(nodes), 0))
-        _, _, loss_low, loss_high = self.expectations(lambda nodes: np.maximum(-values(nodes), 0))
-        return Estimate(
-            *(float(part[0]) for part in (value, error, gain_low - loss_high, gain_high - loss_low))
-        )
+    def _extremes_of_family(
+        self, index: int, values: Values, means: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The smallest and the largest mean of one function, (1,) each, over all angles."""
+        rule = self._rules[index]
+        ends = [means.min(), means.max()]
+        if not rule.diagonal.size:
+            return np.array(ends[:1]), np.array(ends[1:])
+        for which, sign in enumerate((-1, 1)):
+            # Look closer and closer around the best of the evenly spread angles.
+            center = ANGLES[np.argmax(sign * means[1:])]
+            reach = ANGLES[1] - ANGLES[0]
+            for _ in range(_CLOSER):
+                angles = center + reach * np.linspace(-1, 1, 13)
+                found = [
+                    float(weights @ values(nodes)[:, 0]) / rule.share
+                    for nodes, weights in rule.family(angles)
+                ]
+                best = int(np.argmax(sign * np.array(found)))
+                ends[which] = sign * max(sign * ends[which], sign * found[best])
+                center = angles[best]
+                reach /= 6
+        return np.array(ends[:1]), np.array(ends[1:])
 
-    def share(
-        self, low: Any, high: Any, enclosure: tuple[float, float] = (-np.inf, np.inf)
-    ) -> BoundedEstimate:
-        """Share of the eigenvalues in [low, high], with every error. The ends may be arrays."""
-        low, high = np.broadcast_arrays(np.asarray(low, float), np.asarray(high, float))
-        # No eigenvalue lies beyond the enclosure, so an end there is replaced by an infinite one.
-        low = np.where(low <= enclosure[0], -np.inf, np.where(low > enclosure[1], np.inf, low))
-        high = np.where(high >= enclosure[1], np.inf, np.where(high < enclosure[0], -np.inf, high))
-        seen, least, most = (
-            self._mean(list(shares)) for shares in zip(*self._gauss_shares(low, high), strict=True)
-        )
-        sure, sure_least, sure_most = (
-            np.mean(s, axis=0) for s in zip(*self._ritz_shares(low, high), strict=True)
-        )
-        coupling = self._coupled * (np.isfinite(low).astype(float) + np.isfinite(high))
-        error = self._part * np.sqrt(2 * seen * np.maximum(1 - seen, 0) / max(self._freedom - 2, 1))
-        probes = tuple(sure + self._part * end for end in self._interval(seen, seen))
-        quadrature = sure_least + self._part * least, sure_most + self._part * most
-        ends = self._interval(least, most)
-        lower = np.clip(sure_least + self._part * ends[0] - coupling, 0, 1)
-        upper = np.clip(sure_most + self._part * ends[1] + coupling, 0, 1)
-        return BoundedEstimate(
-            sure + self._part * seen, error, lower, upper, quadrature, coupling, probes
-        )
+    def _rounding(self, index: int, values: Values) -> np.ndarray:
+        """How far rounding of the products may move the means that a probe sees.
 
-    def _gauss_shares(
-        self, low: np.ndarray, high: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(value, least, most): the share of each probe's part in [low, high], with its bounds."""
-        for rule, (nodes, weights) in zip(self._rules, self._parts(), strict=True):
-            inner, outer = _widened(low, high, rule)
-            value = cumulative(nodes, weights, high) - cumulative(
-                nodes, weights, np.nextafter(low, -np.inf)
-            )
-            least = (
-                cumulative_bounds(nodes, weights, inner[1])[0]
-                - cumulative_bounds(nodes, weights, inner[0])[1]
-            )
-            most = (
-                cumulative_bounds(nodes, weights, outer[1])[1]
-                - cumulative_bounds(nodes, weights, outer[0])[0]
-            )
-            yield np.maximum(value, 0), np.clip(least, 0, 1), np.clip(most, 0, 1)
-
-    def _ritz_shares(self, low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
-        """(value, least, most): the share of each rule's deflated part in [low, high].
-
-        The three differ only by the rounding error of the nodes.
+        It moves the nodes by as much as the smallest residual. To first order in this, the changes
+        have random signs and average out over the N dimensions. To second order they do not. If a
+        Krylov space is exhausted up to rounding, what is left out has no random sign either.
         """
+        nodes, weights = self.members[index][0]
+        reach = self._rules[index].rounding
+        if not reach:
+            return np.zeros(1)
+        above, here, below = (values(nodes + sign * reach) for sign in (1, 0, -1))
+        averaged = 1.0 if self._rules[index].exact else np.sqrt(self._dimension)
+        first = np.abs(above - below) / (2 * averaged)
+        second = np.abs(above + below - 2 * here) / 2
+        return np.asarray(weights @ (first + second))
+
+    def _deflated(self, values: Values) -> Range:
+        """The contribution of the deflated parts to the means, which has no random error."""
+        found = []
         for rule in self._rules:
             nodes = rule.nodes[: rule.num_deflated]
             weights = rule.weights[: rule.num_deflated]
-            ends = ((low, high), *_widened(low, high, rule))
-            yield tuple(
-                np.maximum(
-                    cumulative(nodes, weights, b)
-                    - cumulative(nodes, weights, np.nextafter(a, -np.inf)),
-                    0,
-                )
-                for a, b in ends
-            )
+            reach = uncertainty(rule)
+            each = np.stack([values(nodes + sign * reach) for sign in (0, -1, 1)])
+            ends = each[0], each.min(axis=0), each.max(axis=0)
+            found.append(Range(*(weights @ part for part in ends)))
+        return Range(*(np.mean(part, axis=0) for part in zip(*found, strict=True)))
 
-    def _interval(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """95 % bounds on a share, if the share that the probes saw is between low and high."""
-        return (
-            share_interval(low, high, self._freedom) if np.isfinite(self._freedom) else (low, high)
-        )
+    def _coupling_error(
+        self, variation: Callable[[float, float], Variation], unbounded_slope: bool = False
+    ) -> np.ndarray:
+        """The most that the couplings may have changed the means of some functions.
 
-
-def _widened(
-    low: np.ndarray, high: np.ndarray, rule: Rule
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """The interval [low, high], once smaller and once larger by the rounding error of the nodes.
-
-    The callers account for the other errors.
-    """
-    rounding = rule.residuals.min()
-    return (low + rounding, high - rounding), (low - rounding, high + rounding)
+        Counting functions differ by at most the rank of the coupling, so that a mean differs by at
+        most rank / n times the variation of f. Sorted eigenvalues differ by at most 2 coupling in
+        sum, so that it differs by at most 2 coupling / n times the largest slope of f.
+        """
+        total: np.ndarray = np.zeros(1)
+        for rule, ends in zip(self._rules, self._coupled, strict=True):
+            if ends is not None:
+                change = variation(*ends)
+                most = rule.coupling_rank * change.total
+                if not unbounded_slope:
+                    most = np.minimum(most, 2 * rule.coupling * change.steepest)
+                total = total + most / (self._n * len(self._rules))
+        return total
 
 
-# Intervals ----------------------------------------------------------------------------------------
-
-
-def share_interval(
-    low: np.ndarray, high: np.ndarray, freedom: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bounds on the share F of a spectrum, from shares that random probes saw.
-
-    A probe that is uniform on the sphere of N dimensions sees a share that follows the law
-    Beta(N F / 2, N (1 - F) / 2), because its squared components are chi-square variables divided by
-    their sum. The mean over k probes has the mean F and the variance of Beta(c F, c (1 - F)) with
-    c = k (N + 2) / 2 - 1. For k = 1 this is the law itself. The bounds are the shares F for which
-    the share seen is the 97.5 % quantile of this law (lower) and the 2.5 % quantile (upper).
-
-    Args:
-      low: the smallest share that the probes may have seen, in [0, 1]. Quadrature leaves the share
-        uncertain.
-      high: the largest such share.
-      freedom: k (N + 2).
-
-    Returns:
-      (lower, upper), of the broadcast shape of ``low`` and ``high``.
-    """
-    from scipy.special import betainc
-
-    concentration = freedom / 2 - 1
-
-    def solve(seen: np.ndarray, level: float) -> np.ndarray:
-        # P(Beta <= seen) decreases as F grows, so bisection finds F, for all of ``seen`` together.
-        left = np.zeros_like(seen)
-        right = np.ones_like(seen)
-        for _ in range(60):
-            middle = (left + right) / 2
-            above = betainc(concentration * middle, concentration * (1 - middle), seen) > level
-            left = np.where(above, middle, left)
-            right = np.where(above, right, middle)
-        return (left + right) / 2
-
-    # Sums of weights miss 1 by rounding. A share of exactly 1 has no uncertainty.
-    low, high = (np.clip(np.where(np.asarray(x) > 1 - 1e-12, 1.0, x), 0, 1) for x in (low, high))
-    lower = np.where((low > 0) & (low < 1), solve(low, 0.975), low)
-    upper = np.where((high > 0) & (high < 1), solve(high, 0.025), high)
-    # A tiny share has so few degrees of freedom that its chi-square variable almost always falls
-    # below the share seen. The solution is then useless as a lower bound, so the interval always
-    # includes the shares seen.
-    return np.minimum(lower, low), np.maximum(upper, high)
-
-
-def positive_interval(
-    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """95 % bounds on the mean of a non-negative function over a spectrum.
-
-    The function is replaced by one that is K on a share F of the spectrum and 0 elsewhere, with the
-    same mean K F and the same mean square K^2 F. The bounds are K times those on F. They are exact
-    for a function that is zero at all eigenvalues but one. The weight of that eigenvalue is a
-    chi-square variable with k degrees of freedom. With two probes it is uncertain by a factor of
-    four downwards and of forty upwards, which two standard errors to either side would hide.
-
-    Args:
-      mean: the mean that the probes saw.
-      error: its standard error.
-      freedom: k (N + 2).
-      dimension: N. A share that is not empty is at least 1/N.
-
-    Returns:
-      (lower, upper), of the shape of ``mean``.
-    """
-    seen = mean > 0
-    variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
-    share = 1 / (1 + variance)
-    lower, upper = share_interval(share, share, freedom)
-    height = mean / share
-    return height * lower, height * np.where(seen, np.maximum(upper, 1 / dimension), 0)
+def _exact_moments(rule: Rule) -> float:
+    """Moments below this degree are exact: twice the number of steps of the probe."""
+    if rule.exact or rule.num_deflated == rule.nodes.size:
+        return np.inf
+    return 2 * (rule.diagonal.size or rule.nodes.size - rule.num_deflated)

@@ -9,6 +9,8 @@ import numpy as np
 
 from hessdensity.text import named_rows, of_operator, plural
 
+from .estimate import Estimate
+
 if TYPE_CHECKING:
     from .measure import SpectralMeasure
 
@@ -28,14 +30,14 @@ def summarize(measure: SpectralMeasure, title: str, own: Mapping[str, str | None
     near_zero = measure.mass(-zero, zero)
     about = measure.description
     rows = {
-        "largest node": f"{extremes.largest:.6g} (residual)",
-        "smallest node": f"{extremes.smallest:.6g} (residual)",
+        "largest node": _end(extremes.largest, extremes.largest.upper),
+        "smallest node": _end(extremes.smallest, extremes.smallest.lower),
         **own,
-        f"share in ±{zero:.2g}": (
-            f"{near_zero.value:.4f} (between {near_zero.lower:.4f} and {near_zero.upper:.4f})"
-        ),
+        f"share in ±{zero:.2g}": f"{near_zero:.4f}",
+        "resolution": _resolution(measure),
         "mean loss": _loss(about.get("operator", {})),
         "error, W1 / range": _error(about.get("error")),
+        "asymmetry": _asymmetry(about.get("asymmetry")),
         "spent": _spent(measure),
         "stopped": about.get("stopped"),
     }
@@ -53,6 +55,36 @@ def found(outliers: np.ndarray) -> str | None:
     return f"{len(values)} eigenvalues found: {shown}" + (", ..." if len(values) > _SHOWN else "")
 
 
+def _end(estimate: Estimate, beyond: float) -> str:
+    """A node at an end of the spectrum, with its residual, and where the spectrum ends."""
+    text = f"{estimate:.6g} (residual)"
+    reach = max(estimate.standard_error, 1e-6 * abs(estimate.value))
+    if abs(beyond - estimate.value) > 2 * reach:
+        text += f", the spectrum ends at {beyond:.6g} at the latest"
+    return text
+
+
+def _resolution(measure: SpectralMeasure) -> str | None:
+    """The bandwidth below which the density is not resolved, if the rules have one."""
+    width = measure.resolved_from
+    if not width:
+        return None
+    dominates = _quadrature_dominates(measure.description.get("error"))
+    more = "; quadrature is the largest error: more steps lower it" if dominates else ""
+    return f"bandwidths from {width:.2g}{more}"
+
+
+def _quadrature_dominates(error: Mapping[str, float] | None) -> bool:
+    return error is not None and error["quadrature"] > 0.5 * error["total"]
+
+
+def _asymmetry(asymmetry: float | None) -> str | None:
+    """How far the products are from symmetric, if that is more than rounding in float32."""
+    if asymmetry is None or asymmetry < 1e-4:
+        return None
+    return f"the products are {asymmetry:.1%} from symmetric; see hd.verify_operator"
+
+
 def _loss(operator: Mapping[str, Any]) -> str | None:
     if "loss" not in operator:
         return None
@@ -62,7 +94,10 @@ def _loss(operator: Mapping[str, Any]) -> str | None:
 def _error(error: Mapping[str, float] | None) -> str | None:
     if not error:
         return None
-    parts = ", ".join(f"{name} {error[name]:.1e}" for name in ("quadrature", "probes", "coupling"))
+    names = [name for name in ("quadrature", "probes", "coupling") if name in error]
+    if error.get("rounding", 0) > 0.01 * error["total"]:
+        names.append("rounding")
+    parts = ", ".join(f"{name} {error[name]:.1e}" for name in names)
     return f"about {error['total']:.1e}: {parts}"
 
 

@@ -13,7 +13,7 @@ from hessdensity.spectra.archive import Contents
 from hessdensity.spectra.quadrature import Rule
 
 FORMAT = "hessdensity.Track"
-VERSION = 2
+VERSION = 3
 
 _PREFIX = "column_"
 
@@ -65,19 +65,14 @@ def density_as_json(contents: Contents | None) -> dict[str, Any] | None:
     """A density in types that JSON can hold. Floats keep every bit."""
     if contents is None:
         return None
-    rules = [
-        {name: getattr(rule, name).tolist() for name in archive.COLUMNS}
-        | {"num_deflated": rule.num_deflated, "coupling": rule.coupling}
-        for rule in contents.rules
-    ]
-    return {**contents._asdict(), "rules": rules}
+    return {**contents._asdict(), "rules": list(map(archive.rule_as_json, contents.rules))}
 
 
 def density_from_json(saved: dict[str, Any] | None) -> Contents | None:
     """The inverse of `density_as_json`."""
     if saved is None:
         return None
-    return _contents(saved, tuple(Rule(**rule) for rule in saved["rules"]))
+    return _contents(saved, tuple(map(archive.rule_from_json, saved["rules"])))
 
 
 def _contents(head: dict[str, Any], rules: tuple[Rule, ...]) -> Contents:

@@ -1,5 +1,7 @@
 """The engine: what Lanczos promises in exact arithmetic, to rounding."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import named_spectra as spectra
@@ -8,6 +10,8 @@ import pytest
 
 import hessdensity as hd
 from hessdensity.krylov import lanczos
+from hessdensity.krylov.engine import Step
+from hessdensity.krylov.lanczos_engine import LanczosEngine
 from hessdensity.vectors import basis
 from hessdensity.vectors.random import random_block
 
@@ -236,6 +240,96 @@ def test_the_products_noise_is_measured(key):
         run(operator_of(np.linspace(-1, 1, 500), key, np.float32), key, 30).rounding_error.max()
         < 5e-6
     )
+
+
+def nearly_symmetric(dtype, share, n=60):
+    """(operator, matrix): an asymmetric matrix with |A - A^T| = share |A|, about."""
+    rng = np.random.default_rng(1)
+    symmetric, skew = (rng.standard_normal((n, n)) for _ in range(2))
+    symmetric = symmetric + symmetric.T
+    skew = skew - skew.T
+    matrix = symmetric + share / 2 * skew * np.linalg.norm(symmetric) / np.linalg.norm(skew)
+    array = jnp.asarray(matrix, dtype)
+    return hd.FunctionOperator(lambda v: array @ v, jnp.zeros(n, dtype)), matrix
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+def test_the_asymmetry_is_that_of_the_compression_exactly(storage, key, dtype):
+    operator, matrix = nearly_symmetric(dtype, 0.05)
+    state = lanczos.init(random_block(key, 0, 2, operator.like), 25, basis_storage=storage)
+    for state in lanczos.iterate(operator, state):
+        pass
+    shares = lanczos.asymmetry(state)
+    for probe in range(2):
+        basis, t = basis_of(state, probe), tridiagonal(state, probe)
+        compression = basis @ matrix @ basis.T
+        expected = np.linalg.norm(compression - compression.T)
+        assert state.asymmetric_norm[probe] == pytest.approx(expected, rel=1e-4)
+        assert shares[probe] == pytest.approx(expected / np.linalg.norm(t), rel=1e-4)
+        # Hoffman and Wielandt
+        symmetric = np.linalg.eigvalsh((compression + compression.T) / 2)
+        moved = np.linalg.norm(np.linalg.eigvalsh(t) - symmetric)
+        assert moved <= state.asymmetric_norm[probe] / 2
+
+
+def test_over_the_whole_space_the_asymmetry_is_that_of_the_operator(key, dtype):
+    operator, matrix = nearly_symmetric(dtype, 0.02, n=20)
+    share = lanczos.asymmetry(run(operator, key, 20, count=1))[0]
+    assert share == pytest.approx(np.linalg.norm(matrix - matrix.T) / np.linalg.norm(matrix), 0.01)
+
+
+@pytest.mark.parametrize("name", spectra.ORDINARY)
+def test_a_symmetric_operator_has_an_asymmetry_of_rounding(name, key, dtype):
+    state = run(operator_of(spectra.ORDINARY[name], key, dtype), key, 50)
+    assert lanczos.asymmetry(state).max() < 40 * np.finfo(dtype).eps
+
+
+def test_an_operator_of_zeros_has_no_asymmetry(key):
+    assert not lanczos.asymmetry(run(hd.Matrix(np.zeros((9, 9), np.float32)), key, 3)).any()
+
+
+def test_without_a_basis_the_asymmetry_is_a_lower_bound(key, dtype):
+    operator, _ = nearly_symmetric(dtype, 0.05)
+    found = {}
+    for storage in ("device", "none"):
+        state = lanczos.init(random_block(key, 0, 2, operator.like), 25, basis_storage=storage)
+        for state in lanczos.iterate(operator, state):
+            pass
+        found[storage] = lanczos.asymmetry(state)
+    assert np.all(found["none"] > 1e-4)
+    assert np.all(found["none"] < found["device"])
+
+
+def test_below_outliers_that_are_deflated_rounding_is_no_asymmetry(key):
+    """Beside a bulk of 1e-6, float32 rounding of an outlier of 1 would be an asymmetry of 10 %."""
+    values = np.concatenate([[1.0], 1e-6 * np.linspace(-1, 1, 199)])
+    operator = operator_of(values, key, np.float32)
+    first = run(operator, key, 8, count=1)
+    state = lanczos.init(random_block(key, 1, 2, operator.like), 20, first.basis, operator_norm=1.0)
+    for state in lanczos.iterate(operator, state):
+        pass
+    assert lanczos.asymmetry(state).max() < 1e-5
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_the_asymmetry_does_not_depend_on_the_scale(factor, key):
+    operator, matrix = nearly_symmetric(np.float32, 0.05)
+    array = jnp.asarray(factor * matrix, np.float32)
+    scaled = hd.FunctionOperator(lambda v: array @ v, jnp.zeros(60, np.float32))
+    plain, other = (lanczos.asymmetry(run(op, key, 20)) for op in (operator, scaled))
+    np.testing.assert_allclose(plain, other, rtol=1e-4)
+
+
+def test_a_replayed_step_restores_the_asymmetry_bit_for_bit(key, dtype):
+    operator, _ = nearly_symmetric(dtype, 0.05)
+    start = random_block(key, 0, 2, operator.like)
+    engine, replayed = (LanczosEngine(lanczos.init(start, 6)) for _ in range(2))
+    while not engine.complete:
+        step = engine.take(operator @ engine.request())
+        saved = json.loads(json.dumps(step.scalars))
+        replayed.replay(Step(jax.tree.map(jnp.copy, step.vectors), saved))
+    assert engine.asymmetry == replayed.asymmetry > 0.01
+    np.testing.assert_array_equal(engine.state.asymmetric_norm, replayed.state.asymmetric_norm)
 
 
 def test_a_product_is_the_operators_to_keep_and_is_checked(key):

@@ -2,12 +2,14 @@
 that it was given."""
 
 import matplotlib.pyplot as plt
+import named_spectra as spectra
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 import hessdensity as hd
 from hessdensity.plots.density import plot_cumulative, plot_density
+from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
 
 
 def make(nodes, dimension=100, weights=None, residuals=0.0):
@@ -22,6 +24,7 @@ def make(nodes, dimension=100, weights=None, residuals=0.0):
 
 EIGENVALUES = np.concatenate([np.linspace(-0.5, 1, 98), [6, 10]])
 DENSITY = make([-0.5, 0, 0.5, 1, 6, 10], weights=[0.2, 0.5, 0.2, 0.08, 0.01, 0.01])
+BAND = "95 %: probes, quadrature, deflation"
 DRAW = pytest.mark.parametrize("draw", [plot_density, plot_cumulative])
 
 
@@ -66,7 +69,7 @@ def test_without_axes_every_call_makes_its_own_figure(draw):
 def test_the_method_draws_the_density_and_passes_the_options_on():
     _, ax = plt.subplots()
     assert DENSITY.plot(ax, label="mine", bandwidth=0.25, color="tab:red") is ax
-    assert labels(ax) == ["mine, bandwidth 0.25"]
+    assert labels(ax) == ["mine, bandwidth 0.25", BAND]
     assert ax.get_lines()[0].get_color() == "tab:red"
 
 
@@ -106,7 +109,8 @@ def test_the_density_is_on_a_log_axis_whose_labels_carry_units():
     ],
 )
 def test_the_legend_holds_the_bandwidth(options, legend):
-    assert labels(plot_density(DENSITY, **options)) == [legend]
+    assert labels(plot_density(DENSITY, **options)) == [legend, BAND]
+    assert labels(plot_density(DENSITY, band=False, **options)) == [legend]
 
 
 def test_an_outlier_of_one_eigenvalue_is_in_view():
@@ -118,17 +122,71 @@ def test_an_outlier_of_one_eigenvalue_is_in_view():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_several_densities_on_one_axes_are_all_in_view(order):
-    densities = [make([-1, 0, 1], dimension=10), make([20, 30, 40], dimension=10**6)][::order]
-    alone = [plot_density(density) for density in densities]
-    _, ax = plt.subplots()
-    for density, label in zip(densities, ("a", "b"), strict=True):
-        plot_density(density, ax, label=label)
-    assert ax.get_ylim()[0] <= min(each.get_ylim()[0] for each in alone) * (1 + 1e-9)
-    assert ax.get_ylim()[1] >= max(each.get_ylim()[1] for each in alone) * (1 - 1e-9)
+@pytest.mark.parametrize("x_scale", ["linear", "symlog"])
+def test_several_densities_on_one_axes_share_their_scale_and_are_all_in_view(order, x_scale):
+    densities = {"a": make([-1, 0, 1], dimension=10), "b": make([20, 30, 40], dimension=10**6)}
+    ax = plot_density(dict(list(densities.items())[::order]), x_scale=x_scale)
+    lines = [line for line in ax.get_lines() if "bandwidth" in str(line.get_label())]
+    assert {str(line.get_label()).split(",")[0] for line in lines} == {"a", "b"}
+    assert len({str(line.get_label()).split("bandwidth")[1] for line in lines}) == 1
+    assert len({line.get_color() for line in lines}) == 2
+    for line in lines:
+        x, y = line.get_data()
+        assert x[0] < -1 < 40 < x[-1]
+        assert ax.get_ylim()[1] >= y.max()
     assert ax.get_xlim()[0] < -1 < 40 < ax.get_xlim()[1]
-    assert [label.split(",")[0] for label in labels(ax)] == ["a", "b"]
-    assert len({line.get_color() for line in ax.get_lines()}) == 2
+
+
+def test_a_second_call_on_the_same_axes_keeps_the_bandwidth_of_the_first():
+    one, other = make([-1, 0, 1]), make([20, 30, 40], dimension=10**6)
+    ax = plot_density(one, label="a")
+    plot_density(other, ax, label="b")
+    width = f"bandwidth {one.bandwidth:.2g}"
+    assert [label for label in labels(ax) if "bandwidth" in label] == [f"a, {width}", f"b, {width}"]
+    assert ax.get_xlim()[0] < -1 < 40 < ax.get_xlim()[1]
+    # A bandwidth that is given counts.
+    plot_density(other, ax, label="c", bandwidth=3.0)
+    assert "c, bandwidth 3" in labels(ax)
+
+
+def estimated(num_steps):
+    """A density of the eigenvalues of a ring from few steps."""
+    diagonal, off_diagonal = spectra.lanczos(
+        spectra.ORDINARY["linear"], np.full(200, 1 / 200), num_steps
+    )
+    rule = gauss_rule(Tridiagonal(diagonal, off_diagonal))
+    return hd.SpectralDensity((rule,), 200, num_steps)
+
+
+def test_structure_that_the_rules_do_not_resolve_is_dotted():
+    density = estimated(12)
+    x, y = curve(plot_density(density), "bandwidth")
+    assert np.isfinite(y[np.abs(x) < 0.8]).all()
+    ax = plot_density(density, bandwidth=density.bandwidth / 20)
+    x, y = curve(ax, "not resolved")
+    assert np.isfinite(y[np.abs(x) < 0.8]).mean() > 0.8
+
+
+def test_on_symlog_the_density_is_the_share_per_decade():
+    density = estimated(20)
+    ax = plot_density(density, x_scale="symlog")
+    assert ax.get_ylabel() == "spectral density (per decade)"
+    assert "decades" in labels(ax)[0]
+    (x, solid), (_, dotted) = curve(ax, "bandwidth"), curve(ax, "not resolved")
+    y = np.where(np.isfinite(solid), solid, dotted)
+    # Positions on the axis, in decades.
+    transform = ax.xaxis.get_transform()
+    positions = transform.transform(x) / ax.xaxis.get_transform().linthresh
+    assert np.trapezoid(np.nan_to_num(y), positions) == pytest.approx(1, abs=0.03)
+
+
+def test_the_cumulative_shades_every_error_beneath_that_of_the_probes():
+    ax = plot_cumulative(estimated(12))
+    wide, narrow = ax.collections
+    assert labels(ax)[1:] == ["95 %: every error", "95 %: probes alone"]
+    heights = [np.ptp(band.get_paths()[0].vertices[:, 1]) for band in (wide, narrow)]
+    assert heights[0] >= heights[1]
+    assert wide.get_alpha() < narrow.get_alpha()
 
 
 def test_a_density_may_be_drawn_over_a_histogram():
@@ -145,7 +203,7 @@ def test_exact_eigenvalues_are_drawn_smoothed_alike_and_one_tick_each():
     kernel = np.exp(-(((x[:, None] - EIGENVALUES) / 0.25) ** 2) / 2) / (0.25 * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(y, kernel.mean(1), rtol=1e-12, atol=1e-300)
     np.testing.assert_array_equal(curve(ax, "eigenvalues")[0], EIGENVALUES)
-    assert labels(ax) == ["exact, same bandwidth", "eigenvalues", "bandwidth 0.25"]
+    assert labels(ax) == ["exact, same bandwidth", "eigenvalues", "bandwidth 0.25", BAND]
 
 
 def test_the_cumulative_is_the_share_of_eigenvalues_from_0_to_1():

@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import mlp
 
 import hessdensity as hd
-from hessdensity.estimators.settings import DensitySettings
+from hessdensity.estimators.density_settings import DensitySettings
 from hessdensity.krylov import lanczos
 from hessdensity.runs import run as run_module
 from hessdensity.runs.memory import Free

@@ -331,7 +331,7 @@ def test_an_estimate_stands_in_for_its_value_and_prints_its_error():
 
 def test_a_density_prints_its_main_figures(rng):
     text = str(sphere_rules(spectra.ORDINARY["outliers"], 2, rng))
-    for part in ("n = 300", "largest node", "smallest node", "trace", "±", "between", "2 products"):
+    for part in ("n = 300", "largest node", "smallest node", "trace", "±", " to ", "2 products"):
         assert part in text
 
 
@@ -349,25 +349,35 @@ def test_results_are_immutable(rng):
 
 @pytest.mark.parametrize("name", ["linear", "outliers", "three values", "eight of 300"])
 @pytest.mark.parametrize("deflation_steps", [0, 15])
-def test_combined_bounds_hold_each_error_and_the_truth(name, deflation_steps, key, dtype):
+def test_combined_bounds_hold_each_error_and_the_truth_in_95_percent(
+    name, deflation_steps, key, dtype
+):
     values = np.sort(spectra.ALL[name])
     operator = hd.Matrix.from_eigenvalues(values.astype(dtype), key)
-    density = hd.spectral_density(
-        operator, key, num_steps=8, deflation_steps=deflation_steps, progress=False
-    )
     x = np.linspace(values[0] - 1.003, values[-1] + 1.017, 41)
-    bounds = density.cdf_bounds(x)
-    for inner in (bounds.quadrature, bounds.probes):
-        assert (bounds.lower <= np.asarray(inner[0]) + 1e-9).all()
-        assert (np.asarray(inner[1]) <= bounds.upper + 1e-9).all()
     truth = np.searchsorted(values, x, side="right") / values.size
-    assert (bounds.lower <= truth + 1e-9).all()
-    assert (truth <= bounds.upper + 1e-9).all()
-    coupled = any(rule.coupling for rule in density.rules)
-    np.testing.assert_allclose(bounds.coupling > 0, coupled)
-    assert bounds.coupling.max() <= 1 / values.size
-    np.testing.assert_array_equal(bounds.value, density.cdf(x).value)
-    np.testing.assert_array_equal(bounds.probes[0], density.cdf(x).lower)
+    held = []
+    for seed in range(20):
+        density = hd.spectral_density(
+            operator,
+            jax.random.key(seed),
+            num_steps=8,
+            deflation_steps=deflation_steps,
+            progress=False,
+        )
+        bounds = density.cdf_bounds(x)
+        for inner in (bounds.quadrature, bounds.probes):
+            assert (bounds.lower <= np.asarray(inner[0]) + 1e-9).all()
+            assert (np.asarray(inner[1]) <= bounds.upper + 1e-9).all()
+        held.append((bounds.lower <= truth + 1e-9) & (truth <= bounds.upper + 1e-9))
+        coupled = any(rule.coupling for rule in density.rules)
+        assert np.any(bounds.coupling > 0) == coupled
+        assert bounds.coupling.max() <= 1 / values.size
+        # No coupling moves eigenvalues beyond both spectra.
+        assert not bounds.coupling[[0, -1]].any()
+        for field in ("value", "lower", "upper"):
+            np.testing.assert_array_equal(getattr(bounds, field), getattr(density.cdf(x), field))
+    assert np.mean(held) >= 0.92
 
 
 def test_an_enclosure_says_that_nothing_lies_outside_of_it(key):

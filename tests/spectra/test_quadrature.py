@@ -1,10 +1,20 @@
 """Gauss rules: what m steps know of a measure, exactly."""
 
+import itertools
+
 import named_spectra as spectra
 import numpy as np
 import pytest
 
-from hessdensity.spectra.quadrature import Tridiagonal, cumulative, cumulative_bounds, gauss_rule
+from hessdensity.spectra.quadrature import (
+    ANGLES,
+    Tridiagonal,
+    cumulative,
+    cumulative_bounds,
+    gauss_rule,
+    largest_point_mass,
+    radau_rules,
+)
 
 
 def measure(name):
@@ -68,14 +78,20 @@ def test_the_bounds_hold_the_cumulative_everywhere_and_from_the_left(name, num_s
     values, masses = measure(name)
     rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, num_steps)))
     x = np.concatenate([values, rule.nodes, np.linspace(values[0] - 1, values[-1] + 1, 500)])
-    lower, upper = cumulative_bounds(rule.nodes, rule.weights, x)
+    lower, upper = cumulative_bounds(rule.members, x)
     exact = cumulative(values, masses, x)
     left = exact - np.array([masses[values == point].sum() for point in x])
     assert (lower <= left + 1e-12).all()
     assert (exact <= upper + 1e-12).all()
-    step = cumulative(rule.nodes, rule.weights, x)
-    assert (lower <= step + 1e-12).all()
-    assert (step <= upper + 1e-12).all()
+    for nodes, weights in rule.members:
+        step = cumulative(nodes, weights, x)
+        assert (lower <= step + 1e-12).all()
+        assert (step <= upper + 1e-12).all()
+    # The Gauss rule alone gives bounds that are wider.
+    wider = cumulative_bounds(rule.members[:1], x)
+    assert (wider[0] <= lower).all()
+    assert (upper <= wider[1]).all()
+    assert np.mean(upper - lower) < 0.75 * np.mean(wider[1] - wider[0])
 
 
 def test_the_cumulative_is_a_right_continuous_step():
@@ -83,3 +99,87 @@ def test_the_cumulative_is_a_right_continuous_step():
     np.testing.assert_array_equal(
         cumulative(np.array([0.0, 2.0]), np.array([0.25, 0.75]), x), [0, 0.25, 0.25, 1, 1]
     )
+
+
+# The family --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("name", spectra.ORDINARY)
+def test_every_member_reproduces_moments_up_to_2m_and_so_does_their_mean(name, num_steps):
+    values, masses = measure(name)
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, num_steps)))
+    scale = np.abs(values).max()
+    mean = rule.estimate
+    assert mean[1].sum() == pytest.approx(1)
+    for nodes, weights in [*rule.members[1:], mean]:
+        assert (weights >= 0).all()
+        for k in range(2 * num_steps + 1):
+            exact = masses @ (values / scale) ** k
+            assert weights @ (nodes / scale) ** k == pytest.approx(exact, abs=1e-11)
+
+
+@pytest.mark.parametrize("name", spectra.ORDINARY)
+def test_two_members_interlace_and_every_point_is_a_node_of_one(name):
+    values, masses = measure(name)
+    diagonal, off_diagonal = spectra.lanczos(values, masses, 6)
+    nodes, _ = radau_rules(diagonal, off_diagonal, ANGLES)
+    gauss = gauss_rule(Tridiagonal(diagonal, off_diagonal)).nodes
+    for one, other in itertools.pairwise(nodes):
+        assert (one < other).all()
+        assert (other[:-1] < one[1:]).all()
+    assert (nodes[:, :-1] < gauss).all()
+    assert (gauss < nodes[:, 1:]).all()
+    # alpha - x = beta^2 e^T (T - x)^-1 e makes x a node.
+    matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
+    for x in np.linspace(values[0], values[-1], 7) + 1e-3:
+        last = x + off_diagonal[-1] ** 2 * np.linalg.inv(matrix - x * np.eye(6))[-1, -1]
+        angle = np.arctan((last - diagonal[-1]) / off_diagonal[-1])
+        found, weights = radau_rules(diagonal, off_diagonal, np.array([angle]))
+        position = np.abs(found[0] - x).argmin()
+        assert found[0, position] == pytest.approx(x, abs=1e-9)
+        # Its weight is the most that a measure with these moments can have at x.
+        most = largest_point_mass(Tridiagonal(diagonal, off_diagonal), np.array([x]))
+        assert weights[0, position] == pytest.approx(most[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 12])
+@pytest.mark.parametrize("name", spectra.ALL)
+def test_no_atom_is_heavier_than_the_largest_point_mass(name, num_steps):
+    values, masses = measure(name)
+    found = Tridiagonal(*spectra.lanczos(values, masses, num_steps))._replace(rounding_error=1e-12)
+    most = largest_point_mass(found, values)
+    assert (masses <= most * (1 + 2e-3)).all()  # rounding of a converged eigenvalue
+    assert (most <= 1).all()
+    rule = gauss_rule(found)
+    np.testing.assert_allclose(largest_point_mass(found, rule.nodes), rule.weights, rtol=2e-3)
+
+
+@pytest.mark.parametrize("name", spectra.ORDINARY)
+def test_the_mean_of_the_family_is_closer_to_the_measure_than_the_gauss_rule(name):
+    from scipy.stats import wasserstein_distance
+
+    values, masses = measure(name)
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, 12)))
+    gauss, mean = (
+        wasserstein_distance(nodes, values, weights, masses)
+        for nodes, weights in ((rule.nodes, rule.weights), rule.estimate)
+    )
+    assert mean < 0.95 * gauss
+
+
+def test_an_exhausted_space_has_one_member_and_no_error():
+    rule = gauss_rule(Tridiagonal(np.array([1.0, 2.0]), np.array([0.5, 0.0])))
+    assert rule.exact
+    assert len(rule.members) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-35, 1e200])
+def test_rules_of_any_scale_have_the_same_weights(scale):
+    values, masses = measure("outliers")
+    diagonal, off_diagonal = spectra.lanczos(values, masses, 10)
+    plain = gauss_rule(Tridiagonal(diagonal, off_diagonal))
+    scaled = gauss_rule(Tridiagonal(scale * diagonal, scale * off_diagonal))
+    for one, other in zip(plain.members, scaled.members, strict=True):
+        np.testing.assert_allclose(other[0] / scale, one[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(other[1], one[1], rtol=1e-9, atol=1e-14)
