@@ -30,6 +30,7 @@ from .runs.plan import Plan as Plan
 from .spectra.density import SpectralDensity as SpectralDensity
 from .spectra.distance import distance as distance
 from .spectra.eigenspace import Eigenspace as Eigenspace
+from .spectra.estimate import BoundedEstimate as BoundedEstimate
 from .spectra.estimate import DataEstimate as DataEstimate
 from .spectra.estimate import Estimate as Estimate
 from .spectra.measure import SpectralMeasure as SpectralMeasure

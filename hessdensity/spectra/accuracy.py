@@ -51,7 +51,7 @@ def estimate(rules: tuple[Rule, ...], dimension: int, rounding_error: float = 0.
         _quadrature(rules) / span,
         _probe_noise(rules, dimension, nodes) / span,
         coupling / span,
-        rounding_error / span,
+        float(rounding_error) / span,
     )
 
 

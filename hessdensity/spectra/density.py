@@ -44,7 +44,7 @@ class SpectralDensity(SpectralMeasure):
       >>> rule = hd.Rule(nodes=[0, 2], weights=[0.75, 0.25], num_deflated=0, residuals=[0, 0])
       >>> density = hd.SpectralDensity((rule,), dimension=100, num_matvecs=2)
       >>> print(f"trace {density.trace():.3g}, share up to 1 {density.cdf(1.0):.2g}")
-      trace 50 (30 to 77), share up to 1 0.75 (0.61 to 0.85)
+      trace 50 (28.4 to 75.6), share up to 1 0.75 (0.62 to 0.86)
     """
 
     kind: ClassVar[str] = "density"

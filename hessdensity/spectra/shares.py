@@ -11,6 +11,8 @@ from .estimate import BoundedEstimate
 from .intervals import share_interval
 from .quadrature import Rule, cumulative, cumulative_bounds
 
+_LAST_BITS = 1e-14  # error of a sum of weights
+
 
 class Range(NamedTuple):
     """A value with the least and the most that it may be, arrays of the same shape."""
@@ -79,8 +81,8 @@ class Shares:
         probes = sure.value + self._part * around[0], sure.value + self._part * around[1]
         quadrature = sure.least + self._part * seen.least, sure.most + self._part * seen.most
         ends = self._interval(seen.least, seen.most)
-        lower = np.clip(sure.least + self._part * ends[0] - coupling, 0, 1)
-        upper = np.clip(sure.most + self._part * ends[1] + coupling, 0, 1)
+        lower = np.clip(sure.least + self._part * ends[0] - coupling - _LAST_BITS, 0, 1)
+        upper = np.clip(sure.most + self._part * ends[1] + coupling + _LAST_BITS, 0, 1)
         return BoundedEstimate(
             sure.value + self._part * value,
             self._part * error,
