@@ -204,8 +204,8 @@ def test_the_demonstration_prints_estimates_beside_the_exact_answers(tmp_path, m
     assert table[0].split() == ["estimate", "exact"]
     for name in ("trace", "Frobenius norm"):
         (row,) = [line.split() for line in table if line.strip().startswith(name)]
-        estimate, _, error, exact = row[-4:]
-        assert abs(float(estimate) - float(exact)) <= 4 * float(error)
+        low, _, high, exact = (part.strip("()") for part in row[-4:])
+        assert 2 * float(low) - float(high) <= float(exact) <= 2 * float(high) - float(low)
     assert "W1 distance / range" in text
     assert f"Figure: {figure}" in text
 

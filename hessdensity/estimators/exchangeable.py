@@ -138,7 +138,12 @@ def from_range(
 
 
 def from_core(
-    core: np.ndarray, gram: np.ndarray, products: np.ndarray, dimension: int, shift: float
+    core: np.ndarray,
+    gram: np.ndarray,
+    products: np.ndarray,
+    dimension: int,
+    shift: float,
+    rounding: float = 0.0,
 ) -> Exchangeable:
     """XNysTrace of a positive semi-definite operator, from products with k unit test vectors w_i.
 
@@ -153,16 +158,20 @@ def from_core(
       products: (r, k) the products A w_i in an orthonormal basis, in columns.
       dimension: N.
       shift: multiple of the identity that is added to the operator. The trace is corrected by N
-        times as much. The shift must exceed the rounding error of ``core``.
+        times as much. The shift must exceed the rounding error of ``core``. It is
+        increased to twice the size of a negative Rayleigh quotient.
+      rounding: size of a negative Rayleigh quotient that rounding of the products may cause.
 
     Raises:
-      ValueError: a Rayleigh quotient among the test vectors is negative, beyond the shift.
+      ValueError: a Rayleigh quotient among the test vectors is negative, by more than ``rounding``
+        and more than half of the shift.
     """
     count = len(core)
     root = np.linalg.inv(np.linalg.cholesky(gram))
     values, axes = np.linalg.eigh(root @ core @ root.T)
-    if values[0] < -shift / 2:
+    if values[0] < -max(shift / 2, rounding):
         raise ValueError(NEGATIVE.format(values[0]))
+    shift = max(shift, -2 * values[0])
     # dual^T dual is the inverse of core + shift gram.
     dual = (axes / np.sqrt(values + shift)).T @ root
     half = products @ dual.T

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import numpy as np
 
 from hessdensity.data.passes import Count
 from hessdensity.krylov import lanczos
-from hessdensity.krylov.lanczos import LanczosEngine
+from hessdensity.krylov.lanczos_engine import LanczosEngine
 from hessdensity.operators.algebra import Wrapper
 from hessdensity.operators.hessian import Hessian
 from hessdensity.operators.protocol import check
 from hessdensity.runs.run import Run
 from hessdensity.spectra.density import SpectralDensity
-from hessdensity.spectra.estimate import DataEstimate, estimate_of_parts
+from hessdensity.spectra.estimate import Bias, DataEstimate, Estimate, Reach, estimate_of_parts
 from hessdensity.spectra.quadrature import gauss_rule
 from hessdensity.text import plural, table
 from hessdensity.vectors import trees
@@ -27,6 +27,12 @@ from hessdensity.vectors.trees import Block
 
 from .density_run import tridiagonals
 from .settings import PartSettings
+
+# The slowest decrease of a bias that intervals allow for is that of N to minus this power. At the
+# lower edge of the spectrum of a sample covariance with a flat bulk, the bias falls as N^(-1/2),
+# but the value is bounded by 0. This power suffices there for parts of 1.6 times as many examples
+# as dimensions (``benchmarks/data_bounds.py``).
+_SLOWEST = 1 / 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,88 +49,138 @@ class PartDensities:
     """The operator's own description, and the settings."""
 
     def estimate(
-        self, functional: Callable[[SpectralDensity], Any], whole: SpectralDensity | None = None
+        self,
+        functional: Callable[[SpectralDensity], Any],
+        whole: SpectralDensity | None = None,
+        paired: SpectralDensity | None = None,
     ) -> DataEstimate:
-        """A functional of the spectrum of the whole data, with the error that comes from the data.
+        """A functional of the spectrum of the population, with its error.
 
-        Take N independent examples and a functional f that depends smoothly on their distribution.
-        The variance of f is sigma^2 / N_j for a part of N_j examples, and sigma^2 / N for all of
-        them. So, with w_j = N_j / N,
+        The population is the distribution that the examples come from. Always give ``whole`` or
+        ``paired``, a density of all data. Without them, the value is that of data sets as small as
+        the parts, and so is the interval (see below).
+
+        **Data.** Take N independent examples and a functional f that depends smoothly on their
+        distribution. The variance of f is sigma^2 / N_j for a part of N_j examples, and sigma^2 / N
+        for all of them. So, with w_j = N_j / N,
 
             standard_error^2 = sum_j w_j (f_j - mean)^2 / (J - 1) - (variance that few probes add),
             mean = sum_j w_j f_j.
 
-        For equal parts this is the spread over the parts, divided by the root of J. It holds in the
-        limit of large parts. J itself is small, so ``lower`` and ``upper`` use Student's t with
-        J - 1 degrees of freedom.
+        For equal parts this is their spread, divided by the root of J. It holds in the limit of
+        large parts. The interval uses Student's t with J - 1 degrees of freedom.
 
-        All parts have the same probes, so that the common part of the probes' noise cancels. The
-        other part of the noise remains: the Hessian of a part deviates in many directions, and each
-        probe sees this deviation in its own directions only. With k probes this adds V / k to the
-        variance. The spread of single-probe estimates has V itself, so that the difference between
-        both spreads gives V. The standard error excludes V, and is 0 where V hides it. The interval
-        includes V, to be on the safe side. With a single probe, both include it. The largest
-        eigenvalues have no V, but a trace may have a large one: the more directions contribute, the
-        more probes are needed.
+        **Probes.** All parts have the same probes, so that their spread does not have the common
+        part of the probes' noise. If ``functional`` returns an `Estimate`, such as
+        ``density.trace()``, the interval includes the estimate's own interval, which has the error
+        of the probes, of quadrature and of deflation. If it returns a number, the noise of the
+        probes is estimated by leaving out one probe at a time (the jackknife). This takes two or
+        more probes. With two, it has one degree of freedom, which makes the interval very wide.
+        With one, the interval is infinite. So return the `Estimate`.
 
-        The mean of the parts differs from the value of the whole data by J - 1 times the bias of
-        the whole data, which is of order 1 / N. For example, outliers are too large. If ``whole``
-        is from the same probes, their noise cancels in this difference, which then gives the bias.
-        Such a density comes from ``spectral_density(hessian, key, num_steps=, num_probes=,
-        deflation_steps=0)``, with the same key and numbers as for the parts.
+        The other part of the noise remains: the Hessian of a part deviates in many directions, and
+        each probe sees this deviation in its own directions only. With k probes this adds V / k to
+        the variance. The spread of single-probe estimates has V itself, so that the difference
+        between both spreads gives V. The standard error excludes V, and is 0 where V hides it. The
+        interval includes V, and with a single probe both include it. The largest eigenvalues have
+        no V. A trace may have a large one, because many directions contribute.
+
+        **Bias.** For example, outliers are too large, and the smallest eigenvalue is too small. To
+        first order, the bias of all data is b / N and that of the mean of the parts is J b / N, so
+        that ``bias = (mean - f(paired)) / (J - 1)``, and the value is f(whole) - bias. The noise of
+        the probes cancels in this difference, because ``paired`` has the same probes. But where
+        many eigenvalues are close to each other, as at the edge of a bulk, the bias falls only with
+        the root of N or even more slowly. The interval therefore contains all corrections from none
+        to that of a bias which falls as the cube root of N. With J = 8, this is the whole
+        difference between the parts and all data. An eigenvalue that is 0 in every part by lack of
+        examples says nothing.
+
+        ``paired`` comes from ``spectral_density(hessian, key, num_steps=, num_probes=,
+        deflation_steps=0)``, with the same key and numbers as for the parts. A ``whole`` with
+        deflation or with more probes has less noise, and gives the value. So both together are
+        best, and ``paired`` alone is enough. With ``whole`` alone, ``bias`` is None and the value
+        is f(whole), and the noise of the parts' probes widens the interval.
+
+        Without either, the value is the mean of the parts, with J times the bias of all data, and
+        the interval holds the mean over data sets of N / J examples. That is the population's value
+        only if the functional is linear in the Hessian, as the trace is.
 
         Args:
-          functional: maps a `SpectralDensity` to a number, an array or an `Estimate`, such as
-            ``lambda density: density.trace()`` or ``lambda density: density.cdf(grid)``. Give
-            ``pdf`` a bandwidth, because its default depends on the density.
-          whole: the density of the whole data. Without it, the value is the mean of the parts.
+          functional: maps a `SpectralDensity` to an `Estimate` (or a list of them), a number or an
+            array, such as ``lambda density: density.trace()`` or ``lambda density:
+            density.cdf(grid)``. Give ``pdf`` a bandwidth, because its default depends on the
+            density.
+          whole: a density of all data. The default is ``paired``.
+          paired: the density of all data from the probes of the parts. The default is ``whole``, if
+            it has them.
 
         Returns:
           `DataEstimate` of the functional's shape, with ``parts`` (J, ...).
 
         Raises:
-          ValueError: ``functional`` returns different shapes for different parts, or a value that
-            is not finite.
+          ValueError: ``functional`` returns different shapes for different densities, or a value
+            that is not finite. ``paired`` has other probes than the parts.
         """
-        values = self._values(functional, self.densities)
+        found = [functional(density) for density in self.densities]
+        values = _stack(found)
         mean, spread = self._moments(values)
-        variance = spread
-        num_probes = len(self.densities[0].rules)
-        if num_probes > 1:
-            single = [
-                SpectralDensity((density.rules[probe],), density.dimension, 0)
-                for probe in range(num_probes)
-                for density in self.densities
-            ]
-            alone = self._values(functional, single).reshape(num_probes, *values.shape)
-            # added = V - V / k
-            added = np.mean([self._moments(one)[1] for one in alone], axis=0) - spread
-            variance = np.clip(spread - np.maximum(added, 0) / (num_probes - 1), 0, None)
-        value = mean
-        bias = None
-        if whole is not None:
-            value = np.asarray(functional(whole), float)
-            if self._same_probes(whole):
-                bias = (mean - value) / (len(self.densities) - 1)
-        return estimate_of_parts(value, variance, spread, values, bias)
-
-    def _values(self, functional: Callable[[SpectralDensity], Any], densities: Any) -> np.ndarray:
-        values = [np.asarray(functional(density), float) for density in densities]
-        shapes = {value.shape for value in values}
-        if len(shapes) > 1 or not all(np.all(np.isfinite(value)) for value in values):
+        variance = self._without_probes(functional, values, spread)
+        weights = self.counts / self.counts.sum()
+        all_data = paired if whole is None else whole
+        if all_data is None:
+            reach = _computation(functional, self.densities, found, weights)
+            return estimate_of_parts(mean, variance, spread, values, reach)
+        if paired is not None and not self._same_probes(paired):
             raise ValueError(
-                f"functional returned shapes {sorted(shapes)} and "
-                f"{sum(not np.all(np.isfinite(v)) for v in values)} values that are not finite; "
-                "expected finite numbers of the same shape for every part. Use a fixed grid, or a "
-                "count instead of a list."
+                "paired has other probes than the parts; expected spectral_density(hessian, key, "
+                "num_steps=, num_probes=, deflation_steps=0) with the key and the numbers of "
+                "part_densities. Pass another density of all data as whole."
             )
-        return np.stack(values)
+        of_all = functional(all_data)
+        reach = _computation(functional, (all_data,), [of_all], np.ones(1))
+        of_pair = of_all if paired is None else functional(paired)
+        _, value, pair = _stack([found[0], of_all, of_pair])
+        same = paired is not None or self._same_probes(all_data)
+        bias = self._bias(mean - pair, weights, same)
+        return estimate_of_parts(value, variance, spread, values, reach, bias)
 
     def _moments(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The mean over the parts, and the variance of that mean."""
         weights = self.counts / self.counts.sum()
         mean = np.tensordot(weights, values, axes=1)
         return mean, np.tensordot(weights, (values - mean) ** 2, axes=1) / (len(weights) - 1)
+
+    def _without_probes(
+        self,
+        functional: Callable[[SpectralDensity], Any],
+        values: np.ndarray,
+        spread: np.ndarray,
+    ) -> np.ndarray:
+        """The variance of the mean over the parts, without the variance that few probes add."""
+        num_probes = len(self.densities[0].rules)
+        if num_probes == 1:
+            return spread
+        alone = [
+            _stack([functional(_with_rules(each, [probe])) for each in self.densities])
+            for probe in range(num_probes)
+        ]
+        # added = V - V / k
+        added = np.mean([self._moments(one)[1] for one in alone], axis=0) - spread
+        return np.clip(spread - np.maximum(added, 0) / (num_probes - 1), 0, None)
+
+    def _bias(self, difference: np.ndarray, weights: np.ndarray, same_probes: bool) -> Bias:
+        """The bias of all data, from the difference between the mean of the parts and all data."""
+
+        def share(exponent: float) -> float:
+            # A bias of N^-a for all data is sum_j w_j N_j^-a for the mean of the parts.
+            return float(1 / (np.sum(weights ** (1 - exponent)) - 1))
+
+        furthest = difference * share(_SLOWEST)
+        return Bias(
+            difference * share(1) if same_probes else None,
+            np.minimum(furthest, 0),
+            np.maximum(furthest, 0),
+        )
 
     def _same_probes(self, whole: SpectralDensity) -> bool:
         ours = self.description
@@ -253,6 +309,66 @@ def part_densities(
         return PartDensities(densities, counts, run.num_matvecs, description)
 
     return run.execute_engine(make, answer)
+
+
+def _stack(found: Sequence[Any]) -> np.ndarray:
+    """The values of a functional of several densities, as one array."""
+    values = [np.asarray(value, float) for value in found]
+    shapes = {value.shape for value in values}
+    if len(shapes) > 1 or not all(np.all(np.isfinite(value)) for value in values):
+        raise ValueError(
+            f"functional returned shapes {sorted(shapes)} and "
+            f"{sum(not np.all(np.isfinite(v)) for v in values)} values that are not finite; "
+            "expected finite numbers of one shape. Use a fixed grid, or a count instead of a list."
+        )
+    return np.stack(values)
+
+
+def _with_rules(density: SpectralDensity, probes: Sequence[int]) -> SpectralDensity:
+    """The density that some of the probes give."""
+    return SpectralDensity(tuple(density.rules[i] for i in probes), density.dimension, 0)
+
+
+def _computation(
+    functional: Callable[[SpectralDensity], Any],
+    densities: Sequence[SpectralDensity],
+    found: Sequence[Any],
+    weights: np.ndarray,
+) -> Reach:
+    """The error of the computation of a mean over densities that have the same probes.
+
+    ``found`` is what the functional returned for each density.
+    """
+    ends = [_ends(each) for each in found]
+    if all(each is not None for each in ends):
+        # The densities have the same probes, so that their errors are the same.
+        return Reach(*np.tensordot(weights, np.array(ends), axes=1))
+    num_probes = len(densities[0].rules)
+    if num_probes == 1:
+        infinite = np.full(np.shape(found[0]), np.inf)
+        return Reach(infinite, infinite)
+    from scipy.special import stdtrit
+
+    means = []
+    for left_out in range(num_probes):
+        others = [probe for probe in range(num_probes) if probe != left_out]
+        values = _stack([functional(_with_rules(density, others)) for density in densities])
+        means.append(np.tensordot(weights, values, axes=1))
+    variance = (num_probes - 1) * np.var(means, axis=0)
+    half = stdtrit(num_probes - 1, 0.975) * np.sqrt(variance)
+    return Reach(half, half)
+
+
+def _ends(found: Any) -> np.ndarray | None:
+    """The distances from an estimate to both ends of its interval, or None for a mere number."""
+    if isinstance(found, Estimate):
+        value = np.asarray(found.value, float)
+        return np.stack([value - found.lower, found.upper - value])
+    if isinstance(found, list | tuple):
+        each = [_ends(one) for one in found]
+        known = [one for one in each if one is not None]
+        return np.stack(known, axis=1) if known and len(known) == len(each) else None
+    return None
 
 
 class _Parts(Wrapper):

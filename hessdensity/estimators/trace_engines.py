@@ -250,8 +250,18 @@ class NystromEngine(_Products):
         # The rounding error of inner products, or the asymmetry that the operator's own precision
         # causes.
         shift = max(_SHIFT * self._epsilon * size, asymmetry)
+        # |A w|^2 / w.A w is at most the norm of A, and close to it where few eigenvalues dominate.
+        # The norm of a few products may then be much smaller.
+        forms = np.diag(core)
+        squares = (self._range.factors**2).sum(axis=0)[forms > 0]
+        norm = max(size, *(squares / forms[forms > 0]))
         found = exchangeable.from_core(
-            (core + core.T) / 2, self._gram[:k], self._range.factors, self._dimension, shift
+            (core + core.T) / 2,
+            self._gram[:k],
+            self._range.factors,
+            self._dimension,
+            shift,
+            _ROUNDING * self._epsilon * norm,
         )
         return _with_rounding(found, self._epsilon, k)
 

@@ -122,7 +122,7 @@ def test_the_traces_standard_error_is_its_spread_over_fresh_data_sets(samples):
     true = 2 * np.sum(VARIANCES**2) / N
     claimed = [claim.standard_error**2 for claim, *_ in samples]
     assert np.mean(claimed) == pytest.approx(true, rel=0.6)
-    conservative = [((claim.upper - claim.lower) / 2 / 2.13) ** 2 for claim, *_ in samples]
+    conservative = [((claim.data[1] - claim.value) / 2.13) ** 2 for claim, *_ in samples]
     assert np.mean(conservative) > 1.3 * true
 
 
@@ -152,18 +152,119 @@ def test_the_whole_seen_by_the_same_probes_tells_the_bias():
     parts = densities_of(hessian, key, **settings)
     whole = hd.spectral_density(hessian, key, **settings, deflation_steps=0, progress=False)
     found = parts.estimate(largest, whole)
-    assert found.value == largest(whole).value
     mean = np.mean([largest(density).value for density in parts.densities])
-    assert found.bias == pytest.approx((mean - found.value) / 7)
+    assert found.bias == pytest.approx((mean - largest(whole).value) / 7)
+    assert found.value == pytest.approx(largest(whole).value - found.bias)
     assert found.bias > 0
+    assert found.bias_range == pytest.approx((0, 7 * found.bias))
     assert found.lower < found.value < found.upper
     # The trace is linear in the data: for the same probes it has no bias at all.
     assert abs(parts.estimate(trace, whole).bias) < 1e-4
     other = hd.spectral_density(
         hessian, key, num_steps=5, num_probes=3, deflation_steps=0, progress=False
     )
-    assert parts.estimate(largest, other).bias is None
+    found = parts.estimate(largest, other)
+    assert found.bias is None
+    assert found.value == largest(other).value
+    assert found.lower <= found.value - found.bias_range[1] < found.value < found.upper
     assert parts.estimate(largest).bias is None
+    assert parts.estimate(largest).bias_range is None
+    with pytest.raises(ValueError, match="paired has other probes than the parts"):
+        parts.estimate(largest, paired=other)
+
+
+def test_the_whole_gives_the_value_and_the_pair_of_the_parts_gives_the_bias():
+    hessian, _ = least_squares(3)
+    key, settings = jax.random.key(5), {"num_steps": 5, "num_probes": 2}
+    parts = densities_of(hessian, key, **settings)
+    paired, whole = (
+        hd.spectral_density(hessian, key, **settings, deflation_steps=steps, progress=False)
+        for steps in (0, 6)
+    )
+    found, alone = parts.estimate(trace, whole, paired), parts.estimate(trace, paired=paired)
+    assert alone.value == parts.estimate(trace, paired).value
+    assert found.bias == alone.bias
+    assert found.value == pytest.approx(trace(whole).value - found.bias)
+    # Six steps of deflation leave nothing to the probes, so that only the data's error remains.
+    assert found.upper - found.lower < 0.7 * (alone.upper - alone.lower)
+
+
+def test_the_interval_is_that_of_the_data_and_of_the_estimate_itself_by_the_root_of_squares():
+    hessian, _ = least_squares(3)
+    key, settings = jax.random.key(5), {"num_steps": 6, "num_probes": 3}
+    parts = densities_of(hessian, key, **settings)
+    whole = hd.spectral_density(hessian, key, **settings, deflation_steps=0, progress=False)
+    own, found = trace(whole), parts.estimate(trace, whole)
+    ends = zip(found.data, found.computation, (own.lower, own.upper), strict=True)
+    halves = []
+    for data, computation, end in ends:
+        assert computation - found.value == pytest.approx(end - own.value)
+        halves.append(np.hypot(data - found.value, computation - found.value))
+    assert found.value - found.lower == pytest.approx(halves[0], rel=1e-3)
+    assert found.upper - found.value == pytest.approx(halves[1], rel=1e-3)
+    listed = parts.estimate(lambda density: [density.trace(), density.cdf(2.0)], whole)
+    assert listed.upper[0] == pytest.approx(found.upper)
+    assert f"{found:.3g}" == f"{found.value:.3g} ({found.lower:.3g} to {found.upper:.3g})"
+
+
+def test_the_noise_of_a_plain_number_is_that_of_leaving_out_one_probe():
+    """The trace of k probes is a mean, whose jackknife is its standard error from the spread."""
+    hessian, _ = least_squares(3)
+    key = jax.random.key(5)
+
+    def plain(density):
+        return density.trace().value
+
+    parts = densities_of(hessian, key, num_steps=6, num_probes=4)
+    whole = hd.spectral_density(
+        hessian, key, num_steps=6, num_probes=4, deflation_steps=0, progress=False
+    )
+    found = parts.estimate(plain, whole)
+    each = [6 * rule.weights @ rule.nodes for rule in whole.rules]
+    half = 3.182446 * np.std(each, ddof=1) / 2  # Student's t of 3 degrees, a mean of 4
+    assert found.computation[1] - found.value == pytest.approx(half, rel=1e-3)
+    single = densities_of(hessian, key, num_steps=6, num_probes=1)
+    assert single.estimate(plain).upper == np.inf
+    assert np.isfinite(single.estimate(trace).upper)
+
+
+FLAT = np.r_[np.ones(9), 9.0]
+DECAYING = 9.0 / np.arange(1, 11)
+
+
+@pytest.mark.parametrize("variances", [FLAT, DECAYING], ids=["flat bulk", "power law"])
+def test_the_intervals_hold_the_populations_values_over_fresh_data_sets(variances):
+    """Largest, smallest and trace, by the data and bias of `part_densities`, in 40 data sets; the
+    t interval of the data alone held the smallest in none of them."""
+    held = np.zeros((40, 4))
+    alone = np.zeros(40)
+    truth = {"largest": variances.max(), "smallest": variances.min(), "trace": variances.sum()}
+
+    def together(density):
+        ends = density.extremes()
+        return [ends.largest, ends.smallest, density.trace()]
+
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        x = (random.standard_normal((240, 10)) * np.sqrt(variances)).astype(np.float32)
+        hessian = hd.Hessian(half_square, jnp.zeros(10), hd.batches(x, 30))
+        key, settings = jax.random.key(seed), {"num_steps": 10, "num_probes": 2}
+        parts = densities_of(hessian, key, **settings)
+        paired = hd.spectral_density(hessian, key, **settings, deflation_steps=0, progress=False)
+        found = parts.estimate(together, paired=paired)
+        population = np.array([*truth.values()])
+        held[seed, :3] = (found.lower <= population) & (population <= found.upper)
+        assert np.all(np.isfinite(found.upper - found.lower))
+        assert found.upper[0] - found.lower[0] < variances.max()
+        alone[seed] = found.data[1][1] + found.bias[1] > variances.min()
+        values, vectors = np.linalg.eigh(x.T.astype(float) @ x / 240)
+        space = hd.Eigenspace(
+            values[-1:], jnp.asarray(vectors.T[-1:], jnp.float32), [0.0], [True], 0
+        )
+        error = hd.eigenvalue_data_error(hessian, space)
+        held[seed, 3] = error.lower[0] <= variances.max() <= error.upper[0]
+    assert np.all(held.mean(axis=0) >= 0.85)
+    assert alone.mean() < 0.2
 
 
 def test_functionals_may_be_arrays_and_their_errors_are_one_by_one():
@@ -193,7 +294,7 @@ def test_unequal_parts_weigh_by_their_examples():
     weights = np.array([3, 3, 1]) / 7
     spread = weights @ (found.parts - weights @ found.parts) ** 2 / 2
     assert found.standard_error == pytest.approx(np.sqrt(spread))
-    assert found.upper - found.value == pytest.approx(
+    assert found.data[1] - found.value == pytest.approx(
         4.302653 * np.sqrt(spread)
     )  # Student's t of 2 degrees
 
@@ -207,7 +308,7 @@ def test_what_few_probes_add_is_told_from_the_data(key):
     hessian = hd.Hessian(half_square, jnp.zeros(6), batches)
     parts = densities_of(hessian, key, 16, num_steps=6, num_probes=16)
     found = parts.estimate(trace)
-    assert found.standard_error < (found.upper - found.lower) / 2 / 2.13 * 0.75
+    assert found.standard_error < (found.data[1] - found.value) / 2.13 * 0.75
     assert parts.estimate(largest).standard_error < 1e-4
 
 
@@ -249,6 +350,56 @@ def test_an_eigenvalues_error_is_the_spread_of_its_vectors_forms_over_batches(dt
     np.testing.assert_allclose(found.parts, forms, **close)
     spread = weights @ (np.array(forms) - found.value) ** 2 / 2
     np.testing.assert_allclose(found.standard_error, np.sqrt(spread), **close)
+
+
+@pytest.mark.parametrize(
+    ("dimension", "spikes"),
+    [(30, []), (30, [9.0]), (30, [9.0, 8.0]), (600, [9.0])],
+    ids=["a bulk", "an outlier", "two close outliers", "more parameters than examples"],
+)
+def test_an_eigenvalues_interval_holds_the_populations_also_where_perturbation_theory_fails(
+    dimension, spikes
+):
+    """Three eigenvalues with a bulk of ones below; the data alone would miss those of the bulk, and
+    with few examples the outlier, in most of 40 data sets."""
+    variances = np.r_[spikes, np.ones(dimension - len(spikes))]
+    held, alone = np.zeros((40, 3)), np.zeros((40, 3))
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        x = (random.standard_normal((240, dimension)) * np.sqrt(variances)).astype(np.float32)
+        hessian = hd.Hessian(half_square, jnp.zeros(dimension), hd.batches(x, 30))
+        _, roots, vectors = np.linalg.svd(x.astype(float), full_matrices=False)
+        block = jnp.asarray(vectors[:3], jnp.float32)
+        space = hd.Eigenspace(roots[:3] ** 2 / 240, block, np.zeros(3), np.ones(3), 0)
+        found = hd.eigenvalue_data_error(hessian, space)
+        held[seed] = (found.lower <= variances[:3]) & (variances[:3] <= found.upper)
+        alone[seed] = (found.data[0] <= variances[:3]) & (variances[:3] <= found.data[1])
+        assert np.all(found.upper - found.lower < 2.5 * found.value)
+    assert np.all(held.mean(axis=0) >= 0.85)
+    assert np.all(alone.mean(axis=0)[len(spikes) :] < 0.5)
+    if dimension > 240:
+        assert alone[:, 0].mean() < 0.6
+
+
+def test_the_couplings_are_those_of_the_parts_and_the_bound_of_the_bias_is_its_formula(dtype):
+    hessian, x = least_squares(1, dtype)
+    x = x.astype(float)
+    close = {"rtol": 1e4 * float(np.finfo(dtype).eps)}
+    values, vectors = np.linalg.eigh(x.T @ x / N)
+    chosen = vectors.T[:-3:-1]
+    space = hd.Eigenspace(values[:-3:-1], jnp.asarray(chosen, dtype), [0, 0], [True, True], 0)
+    found = hd.eigenvalue_data_error(hessian, space)
+    batches = x.reshape(4, 4, 40, 6).swapaxes(0, 1).reshape(4, 160, 6)  # batch i: part i modulo 4
+    changes = [vectors.T @ (part.T @ part / 160 - x.T @ x / N) @ vectors for part in batches]
+    squares = np.mean(np.square(changes), axis=0) / 3
+    between, first, second = squares[-1, -2], squares[-1, :-2].sum(), squares[-2, :-2].sum()
+    gap = values[-1] - values[-2]
+    pair = np.sqrt(gap**2 / 4 + between) - gap / 2
+    up = [4 * first / (gap + 2 * np.sqrt(first)) + pair, 2 * np.sqrt(second)]
+    np.testing.assert_allclose(found.bias_range[1], up, **close)
+    np.testing.assert_allclose(found.bias_range[0], [0, -pair], **close)
+    np.testing.assert_allclose(found.data[0] - found.bias_range[1], found.lower, **close)
+    np.testing.assert_allclose(found.data[1] - found.bias_range[0], found.upper, **close)
 
 
 @jax.custom_vjp

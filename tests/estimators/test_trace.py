@@ -95,6 +95,26 @@ def test_a_multiple_of_the_identity_is_exact(name, semidefinite, key, dtype):
     assert run.lower <= values.sum() <= run.upper
 
 
+def test_negative_eigenvalues_that_are_rounding_are_no_reason_to_refuse(dtype):
+    """A matrix with eigenvalues 2^-i is semidefinite up to the rounding of its entries only."""
+    values = 0.5 ** np.arange(1, N + 1)
+    operator = operator_of(values, jax.random.key(3), dtype)
+    for key in jax.random.split(jax.random.key(1), 40):
+        run = hd.trace(operator, key, 200, semidefinite=True, block_size=64, progress=False)
+        assert run.lower <= values.sum() <= run.upper
+        assert run.upper - run.lower < 1000 * np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("semidefinite", [False, True])
+@pytest.mark.parametrize("num_matvecs", [4, 6])
+@pytest.mark.parametrize("name", ["flat", "hyperbolic", "outliers"])
+def test_the_interval_of_the_fewest_products_holds_the_truth(name, num_matvecs, semidefinite, key):
+    values = DECAYS[name]
+    runs = estimates(values, key, np.float32, num_matvecs, 60, semidefinite=semidefinite)
+    assert sum(run.lower <= values.sum() <= run.upper for run in runs) >= 53
+    assert all(np.isfinite(run.upper) for run in runs)
+
+
 class Rows:
     """diag(1, .., 1, 0, .., 0): the products leave a space of few coordinates, in which nothing is
     left by the end."""

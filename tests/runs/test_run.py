@@ -223,7 +223,7 @@ def test_outside_of_the_main_thread_signals_are_left_alone():
 def test_steps_of_version_1_are_refused_by_the_version_of_their_format(tmp_path, key):
     hd.spectral_measure(hd.Matrix(jnp.eye(3)), jnp.ones(3), 1, checkpoint=tmp_path, **OPTIONS)
     path = tmp_path / "step_000000" / "scalars" / "metadata"
-    path.write_text(path.read_text().replace('"format": 2, ', ""))
+    path.write_text(path.read_text().replace('"format": 3, ', ""))
     with pytest.raises(ValueError, match="version 1 of the format, and this hessdensity can only"):
         hd.spectral_measure(hd.Matrix(jnp.eye(3)), jnp.ones(3), 1, checkpoint=tmp_path, **OPTIONS)
 

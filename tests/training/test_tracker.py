@@ -531,6 +531,12 @@ def test_a_concentration_and_a_measure_are_drawn_as_they_are():
     operator = hessian_of(np.float32)(training(np.float32)[-1][1])
     measure = hd.spectral_measure(operator, operator.gradient(), 8, progress=False)
     ax = plot_measure(measure, track.densities[-1])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["eigenvalues", "gradient"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "eigenvalues",
+        "95 %: every error",
+        "95 %: probes alone",
+        "gradient",
+        "error of quadrature",
+    ]
     with pytest.raises(ValueError, match="expected the measure of a vector"):
         plot_measure(track.densities[-1], measure)
