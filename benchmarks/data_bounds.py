@@ -2,7 +2,92 @@
 
     python -m benchmarks.data_bounds
 
-The answer of the last run is in `results`, in data_bounds.json.
+Five problems with 30 parameters, and two with many more, each with the exact spectrum of the
+population. For every data set of 640 examples in 16 batches: `PartDensities.estimate` with eight
+parts, 20 steps and two probes, and `eigenvalue_data_error` for the three largest eigenvalues. Each
+cell is the share of the data sets whose interval held the population's value, and the median width.
+"data alone" is Student's t interval around the value for all data, without bias and computation.
+"paired" adds these, from a density of all data with the same probes. "whole, paired" takes the
+value from a deflated density. In the rows of eigenvalues, the second cell is that of
+`eigenvalue_data_error`.
+
+Answer: with every error in them, the intervals of `PartDensities.estimate` held the value in 91 to
+100 data sets of 100, and those of `eigenvalue_data_error` in 93 to 100. (The 91 is that of the
+trace from two probes without deflation. Of 95 expected, two more or less are chance.) The data
+alone do not suffice. They miss the smallest eigenvalue of a regression in 83 data sets or more, an
+outlier among 640 parameters in 53, and most of the errors that few probes cause. Widths: the
+interval of an isolated outlier of 30 parameters is a tenth to a fifth wider than that of the data
+alone. That of the smallest eigenvalue, which is biased, is half of the value or more. A deflated
+density makes the interval of the trace 3 to 5 times as short.
+
+    outlier and spread bulk
+                   truth        data alone            paired     whole, paired
+    largest            9      96 %    2.27      96 %    2.73      96 %    2.73
+    smallest         0.5      11 %  0.0432     100 %   0.316     100 %   0.317
+    trace           45.2      40 %    8.22      93 %    32.4     100 %    9.75
+    mean log       0.219      67 %   0.203      99 %   0.692     100 %   0.508
+    cdf            0.533      50 %   0.122      96 %   0.463     100 %   0.336
+    eigenvalue 1       9      93 %     2.1      94 %    2.31
+    eigenvalue 2       2      36 %   0.528     100 %    1.13
+    eigenvalue 3    1.95      82 %   0.481     100 %    1.18
+
+    outlier and flat bulk
+                   truth        data alone            paired     whole, paired
+    largest            9      96 %    2.24      96 %    2.57      96 %    2.57
+    smallest           1       0 %  0.0404      99 %   0.499      99 %   0.499
+    trace             38      33 %    6.73      91 %    28.2     100 %    7.05
+    mean log      0.0744      77 %   0.203     100 %   0.602     100 %   0.418
+    cdf            0.967      95 %   0.118     100 %   0.416     100 %   0.334
+    eigenvalue 1       9      93 %    2.08      94 %    2.26
+    eigenvalue 2       1       0 %   0.332      99 %   0.793
+    eigenvalue 3       1       0 %    0.32     100 %   0.818
+
+    outlier, 640 parameters
+                   truth        data alone            paired     whole, paired
+    eigenvalue 1       9      47 %    2.37     100 %    5.53
+    eigenvalue 2       1       0 %   0.932     100 %    4.95
+    eigenvalue 3       1       0 %   0.939     100 %    4.95
+
+    outlier, 1280 parameters
+                   truth        data alone            paired     whole, paired
+    eigenvalue 1       9       2 %    2.67     100 %    8.64
+    eigenvalue 2       1       0 %    1.32     100 %    8.16
+    eigenvalue 3       1       0 %    1.36     100 %    8.24
+
+    power law
+                   truth        data alone            paired     whole, paired
+    largest            9      96 %    2.22      98 %    2.67      98 %    2.67
+    smallest         0.3       0 %  0.0212     100 %   0.186     100 %    0.19
+    trace             36      28 %    6.46      92 %    34.8     100 %    6.69
+    mean log      -0.287      43 %   0.193     100 %   0.863     100 %   0.462
+    cdf            0.533      44 %   0.111      97 %   0.429     100 %   0.261
+    eigenvalue 1       9      95 %    2.11      96 %    2.27
+    eigenvalue 2     4.5      93 %    1.06      97 %    1.34
+    eigenvalue 3       3      97 %   0.696      99 %    1.33
+
+    logistic regression
+                   truth        data alone            paired     whole, paired
+    largest         10.1      95 %     3.7      95 %    4.21      95 %    4.21
+    smallest       0.235      17 %  0.0235     100 %   0.152     100 %   0.153
+    trace           35.5      41 %    7.97      95 %    36.4      99 %    8.72
+    mean log      -0.247      57 %   0.235     100 %   0.884     100 %   0.578
+    cdf            0.533      50 %   0.133      98 %   0.471      96 %   0.324
+    eigenvalue 1    10.1      93 %    3.44      93 %    3.61
+    eigenvalue 2    4.91      93 %    1.64      95 %    1.82
+    eigenvalue 3    1.27      83 %   0.506     100 %   0.979
+
+    network
+                   truth        data alone            paired     whole, paired
+    largest         0.49      99 %   0.313     100 %   0.531     100 %   0.531
+    smallest      -0.468      99 %   0.226     100 %   0.298     100 %   0.298
+    trace          0.746      63 %    1.84     100 %     5.2      98 %    1.85
+    mean log       -2.27      34 %   0.157      97 %   0.664     100 %   0.244
+    cdf            0.533      43 %   0.127     100 %    0.62     100 %   0.423
+    eigenvalue 1    0.49      98 %    0.22      99 %   0.315
+    eigenvalue 2    0.42      96 %   0.189      98 %   0.301
+    eigenvalue 3   0.329     100 %   0.167     100 %    0.33
+
+    100 data sets each, 1411 s
 """
 
 import sys

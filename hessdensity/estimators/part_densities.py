@@ -28,10 +28,9 @@ from hessdensity.vectors.trees import Block
 from .density_run import tridiagonals
 from .settings import PartSettings
 
-# The slowest decrease of a bias that intervals allow for is that of N to minus this power. At the
-# lower edge of the spectrum of a sample covariance with a flat bulk, the bias falls as N^(-1/2),
-# but the value is bounded by 0. This power suffices there for parts of 1.6 times as many examples
-# as dimensions (``benchmarks/data_bounds.py``).
+# Intervals allow for a bias that falls as N to minus this power. At the lower edge of a sample
+# covariance's flat bulk, it falls as N^(-1/2), but the value is bounded by 0. This power suffices
+# there if a part has 1.6 times as many examples as dimensions.
 _SLOWEST = 1 / 3
 
 
@@ -57,8 +56,7 @@ class PartDensities:
         """A functional of the spectrum of the population, with its error.
 
         The population is the distribution that the examples come from. Always give ``whole`` or
-        ``paired``, a density of all data. Without them, the value is that of data sets as small as
-        the parts, and so is the interval (see below).
+        ``paired``, a density of all data, without which the bias is unknown (see below).
 
         **Data.** Take N independent examples and a functional f that depends smoothly on their
         distribution. The variance of f is sigma^2 / N_j for a part of N_j examples, and sigma^2 / N
@@ -354,8 +352,8 @@ def _computation(
         others = [probe for probe in range(num_probes) if probe != left_out]
         values = _stack([functional(_with_rules(density, others)) for density in densities])
         means.append(np.tensordot(weights, values, axes=1))
-    variance = (num_probes - 1) * np.var(means, axis=0)
-    half = stdtrit(num_probes - 1, 0.975) * np.sqrt(variance)
+    error = np.sqrt((num_probes - 1) * np.var(means, axis=0))
+    half = stdtrit(num_probes - 1, 0.975) * error
     return Reach(half, half)
 
 
