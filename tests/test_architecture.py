@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "hessdensity"
 WINGS = [
     "errors",
     "text",
+    "coordinate",
     "plots",
     "vectors",
     "data",
@@ -33,7 +34,7 @@ WINGS = [
     "__init__",
     "cli",
 ]
-SINGLE_FILES = {"errors", "text", "distributed", "demo", "__init__", "cli"}
+SINGLE_FILES = {"errors", "text", "coordinate", "distributed", "demo", "__init__", "cli"}
 HEAVY = {"flax", "optax", "orbax", "etils", "psutil", "matplotlib", "scipy", "sklearn", "tqdm"}
 OPENS_FILES = {"spectra/archive.py"}
 MOST_LINES, MOST_CODE_LINES, MOST_COLUMNS = 400, 60, 100

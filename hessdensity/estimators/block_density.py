@@ -6,8 +6,6 @@ import jax
 import numpy as np
 
 from hessdensity.krylov.block_krylov import BlockKrylovEngine
-from hessdensity.runs.plan import MemoryLayout
-from hessdensity.runs.run import Run
 from hessdensity.spectra import accuracy
 from hessdensity.spectra.accuracy import Accuracy
 from hessdensity.spectra.density import CONVERGED, SpectralDensity
@@ -16,29 +14,15 @@ from hessdensity.spectra.leave_one_out import BlockKrylov, leave_one_out
 from hessdensity.spectra.quadrature import Rule
 from hessdensity.vectors.random import random_block
 
-from .density_settings import DensitySettings
+from .density_form import DensityForm
 
 _FRESH = 2**31  # the number of the key of vectors that replace directions of an exhausted space
 
 
-class BlockDensityRun:
-    """One block Krylov run, in which every start is a probe.
+class BlockDensityRun(DensityForm):
+    """One block Krylov run, in which every start is a probe."""
 
-    Args:
-      run: drives the engine.
-      key: the random key of the starts.
-      settings: the settings of the call.
-      layout: where the basis is kept.
-    """
-
-    def __init__(
-        self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
-    ) -> None:
-        self._run = run
-        self._key = key
-        self._settings = settings
-        self._layout = layout
-        self._engine: BlockKrylovEngine | None = None
+    _engine: BlockKrylovEngine | None = None
 
     def compute(self) -> None:
         """Do the steps, and with a tolerance more of them until it is met."""
@@ -48,14 +32,9 @@ class BlockDensityRun:
         self._engine = BlockKrylovEngine(
             like, fresh, starts, self._settings.num_steps, self._layout.basis
         )
-        self._advance()
+        self._advance(self._engine)
         if self._settings.tolerance is not None:
             self._refine(self._settings.tolerance)
-
-    def _advance(self) -> None:
-        assert self._engine is not None
-        for _ in self._run.drive(self._engine):
-            pass
 
     def _refine(self, tolerance: float) -> None:
         """Add steps until the error is small. They lower every part of it."""
@@ -65,14 +44,11 @@ class BlockDensityRun:
             more = -(-self._engine.num_steps // 4)
             cost = more * self._layout.probes_at_once
             if self._run.num_matvecs + cost > most:
-                self._run.stop(
-                    f"the estimated error is {error.total:.2g}, tolerance={tolerance:g}: "
-                    f"max_matvecs={most} allows no more products"
-                )
+                self._give_up(error, tolerance, f"max_matvecs={most} allows no more products")
                 return
             self._run.bar.total = self._run.num_matvecs + cost
             self._engine.extend(self._engine.num_steps + more)
-            self._advance()
+            self._advance(self._engine)
 
     def _judge(self) -> tuple[tuple[Rule, ...], Accuracy]:
         """The rules of the steps so far, and their accuracy."""
@@ -87,18 +63,14 @@ class BlockDensityRun:
         rules, error = self._judge()
         steps = self._engine.num_done
         count = self._layout.probes_at_once
-        description = self._run.describe(
+        return self._density(
+            rules,
+            error,
+            self._eigenspace() if keep_eigenspace else None,
             num_steps=steps,
             num_probes=count,
             deflation_steps=0,
-            basis=self._layout.basis,
-            error={**error._asdict(), "total": error.total},
-            asymmetry=self._run.asymmetry,
             spent={"deflation": 0, "probes": [[count, steps]]},
-        )
-        eigenspace = self._eigenspace() if keep_eigenspace else None
-        return SpectralDensity(
-            rules, self._run.dimension, self._run.num_matvecs, description, eigenspace
         )
 
     def _eigenspace(self) -> Eigenspace:

@@ -17,28 +17,19 @@ from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.spectra.quadrature import Rule, Tridiagonal
 from hessdensity.vectors.random import random_block
 
+from .density_form import DensityForm
 from .density_settings import DensitySettings
 
 _DEFLATION = 2**31  # the number of the deflation's start vector, which no probe ever has
 
 
-class DensityRun:
-    """The recurrences of a spectral density: one for deflation, and those of groups of probes.
-
-    Args:
-      run: drives the recurrences.
-      key: the random key of the start vectors.
-      settings: the settings of the call.
-      layout: where the bases are kept.
-    """
+class DensityRun(DensityForm):
+    """The recurrences of a spectral density: one for deflation, and those of groups of probes."""
 
     def __init__(
         self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
     ) -> None:
-        self._run = run
-        self._key = key
-        self._settings = settings
-        self._layout = layout
+        super().__init__(run, key, settings, layout)
         self._dimension = run.dimension
         self._like = run.operator.like
         self._implicit = layout.basis == "none" and settings.deflation_steps > 0
@@ -103,14 +94,10 @@ class DensityRun:
         self._groups.append(LanczosEngine(state))
         self._advance(self._groups[-1])
 
-    def _advance(self, engine: LanczosEngine) -> None:
-        for _ in self._run.drive(engine):
-            pass
-
     def _refine(self, tolerance: float, max_matvecs: int | None) -> None:
         """Add probes or steps of all probes, against the larger error, until the error is small."""
         limit = 10 * self._planned if max_matvecs is None else max_matvecs
-        while (error := self.accuracy()).total > tolerance:
+        while (error := self._judge(*self._parts())[1]).total > tolerance:
             probes = sum(len(group.state.diagonal) for group in self._groups)
             more_probes = error.probes >= error.quadrature
             if more_probes:
@@ -124,9 +111,7 @@ class DensityRun:
                 more = -(-self._num_steps // 4)
                 cost = more * probes
             if why := self._obstacle(error, tolerance, more_probes, cost, limit):
-                self._run.stop(
-                    f"the estimated error is {error.total:.2g}, tolerance={tolerance:g}: {why}"
-                )
+                self._give_up(error, tolerance, why)
                 return
             self._run.bar.total = self._run.num_matvecs + cost
             if more_probes:
@@ -176,10 +161,6 @@ class DensityRun:
         states = [group.state for group in self._groups if group.state.diagonal.size]
         return run, [each for state in states for each in tridiagonals(state)]
 
-    def accuracy(self) -> Accuracy:
-        """The estimated error, by cause."""
-        return self._judge(*self._parts())[1]
-
     def _judge(
         self, run: Tridiagonal | None, probes: list[Tridiagonal]
     ) -> tuple[tuple[Rule, ...], Accuracy]:
@@ -193,21 +174,17 @@ class DensityRun:
         run, probes = self._parts()
         rules, error = self._judge(run, probes)
         steps = run.diagonal.size if run else 0
-        description = self._run.describe(
+        return self._density(
+            rules,
+            error,
+            self._eigenspace() if keep_eigenspace and run else None,
             num_steps=max((probe.diagonal.size for probe in probes), default=0),
             num_probes=len(probes),
             deflation_steps=steps,
-            basis=self._layout.basis,
-            error={**error._asdict(), "total": error.total},
-            asymmetry=self._run.asymmetry,
             spent={
                 "deflation": steps,
                 "probes": [list(group.state.diagonal.shape) for group in self._groups],
             },
-        )
-        eigenspace = self._eigenspace() if keep_eigenspace and run else None
-        return SpectralDensity(
-            rules, self._dimension, self._run.num_matvecs, description, eigenspace
         )
 
     def _eigenspace(self) -> Eigenspace:

@@ -16,6 +16,8 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.scale import SymmetricalLogTransform
 from matplotlib.ticker import SymmetricalLogLocator
 
+from hessdensity.coordinate import LINEAR, Coordinate
+
 XScale = Literal["linear", "symlog"]
 LINSCALE = 0.6
 """Length of the linear part of a symlog axis, in decades on either side."""
@@ -71,17 +73,10 @@ def shared_scale(ax: Axes, make: Callable[[], Scale], bandwidth: float | None = 
     return scale
 
 
-class Coordinate(NamedTuple):
-    """The map between eigenvalues and the positions on an axis."""
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    backward: Callable[[np.ndarray], np.ndarray]
-
-
 def coordinate_of(x_scale: XScale, linear_within: float) -> Coordinate:
     """The coordinate of an axis: eigenvalues, or decades on a symlog axis."""
     if x_scale == "linear":
-        return Coordinate(np.asarray, np.asarray)
+        return LINEAR
     transform = SymmetricalLogTransform(10, linear_within, LINSCALE)
     inverted = transform.inverted()
 
@@ -120,10 +115,12 @@ class Measure(Protocol):
     def extent(self) -> tuple[float, float]:
         """The smallest and the largest node, in eigenvalue units."""
 
-    def resolved_bandwidth(self, coordinate: Any = ...) -> float:
+    def resolved_bandwidth(self, coordinate: Coordinate = ...) -> float:
         """The default standard deviation of the smoothing, in units of a coordinate."""
 
-    def pdf(self, x: Any, bandwidth: float | None = None, coordinate: Any = ...) -> BoundedCurve:
+    def pdf(
+        self, x: Any, bandwidth: float | None = None, coordinate: Coordinate = ...
+    ) -> BoundedCurve:
         """The smoothed density at x."""
 
     def cdf(self, x: Any) -> BoundedCurve:

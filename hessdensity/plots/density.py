@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from hessdensity.coordinate import Coordinate
+
 from .axes import (
-    Coordinate,
     Measure,
     Scale,
     XScale,

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.scale import SymmetricalLogTransform
 
-from .axes import LINSCALE, Measure, new_axes, symlog_ticks
+from hessdensity.coordinate import Coordinate
+
+from .axes import LINSCALE, Measure, coordinate_of, new_axes, symlog_ticks
 
 
 class TrackLike(Protocol):
@@ -82,12 +83,12 @@ def plot_track(
     low = min(density.extent[0] for density in densities)
     high = max(density.extent[1] for density in densities)
     size = linear_within or 1e-3 * max(abs(low), abs(high)) or 1.0
-    transform = SymmetricalLogTransform(10, size, LINSCALE)
-    bottom, top = transform.transform(np.array([low, high])) / size
+    coordinate = coordinate_of("symlog", size)
+    bottom, top = coordinate.forward(np.array([low, high]))
     edges = np.linspace(bottom - 4 * bandwidth, top + 4 * bandwidth, num_rows + 1)
     rows = (edges[1:] + edges[:-1]) / 2
     cells = np.stack(
-        [_over_the_axis(density, transform, size, rows, bandwidth) for density in densities], axis=1
+        [_over_the_axis(density, coordinate, rows, bandwidth) for density in densities], axis=1
     )
     ax = new_axes(ax, (7, 4.5))
     # The color scale starts at a fifth of the peak of one single eigenvalue. Anything less is the
@@ -95,7 +96,7 @@ def plot_track(
     least = 0.2 / (max(density.dimension for density in densities) * bandwidth * np.sqrt(2 * np.pi))
     norm = LogNorm(least, max(float(cells.max()), 2 * least))
     options = {"cmap": "magma", "norm": norm, **mesh_options}
-    y = transform.inverted().transform(edges * size)
+    y = coordinate.backward(edges)
     mesh = ax.pcolormesh(
         _step_edges(track.steps), y, np.maximum(cells, least), rasterized=True, **options
     )
@@ -123,7 +124,7 @@ def plot_track(
 
 
 def _over_the_axis(
-    density: Measure, transform: Any, size: float, rows: np.ndarray, bandwidth: float
+    density: Measure, coordinate: Coordinate, rows: np.ndarray, bandwidth: float
 ) -> np.ndarray:
     """The smoothed density of the eigenvalues' positions on the axis, per decade.
 
@@ -141,7 +142,7 @@ def _over_the_axis(
             residuals = rule.residuals[part]
             half = np.diff(nodes, prepend=-np.inf, append=np.inf) / 2
             ends = nodes - np.minimum(residuals, half[:-1]), nodes + np.minimum(residuals, half[1:])
-            left, right = (transform.transform(end) / size for end in ends)
+            left, right = (coordinate.forward(end) for end in ends)
             # The width must not be zero, because the weight is divided by it. A thousandth of the
             # bandwidth is narrow enough.
             width = np.maximum(right - left, 1e-3 * bandwidth)

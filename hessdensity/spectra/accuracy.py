@@ -57,31 +57,19 @@ def estimate(rules: tuple[Rule, ...], dimension: int, rounding_error: float = 0.
 
 def _quadrature(rules: tuple[Rule, ...]) -> float:
     """The mean W1 distance between members at the same angle and the mean of all members."""
+    from scipy.stats import wasserstein_distance
+
+    whole = [np.concatenate(each) for each in zip(*(rule.estimate for rule in rules), strict=True)]
     families = [rule.members[1:] or rule.members for rule in rules]
-    most = max(map(len, families))
-    mean = [member for family in families for member in family]
-    weights = [1 / len(family) for family in families for _ in family]
-    whole = _joined(mean, weights)
-    distances = [
-        _w1(_joined([family[j % len(family)] for family in families], [1.0] * len(rules)), whole)
-        for j in range(most)
-    ]
-    return float(np.mean(distances)) / len(rules)
-
-
-def _joined(members: list[tuple[np.ndarray, np.ndarray]], factors: list[float]) -> list[np.ndarray]:
-    """(nodes, weights) of a sum of rules."""
-    nodes = np.concatenate([nodes for nodes, _ in members])
-    weights = [factor * weights for (_, weights), factor in zip(members, factors, strict=True)]
-    return [nodes, np.concatenate(weights)]
-
-
-def _w1(one: list[np.ndarray], other: list[np.ndarray]) -> float:
-    """W1 distance of two measures of the same mass, in eigenvalue units times mass."""
-    nodes = np.concatenate([one[0], other[0]])
-    weights = np.concatenate([one[1], -other[1]])
-    order = np.argsort(nodes, kind="stable")
-    return float(np.abs(np.cumsum(weights[order])[:-1]) @ np.diff(nodes[order]))
+    distances = []
+    for j in range(max(map(len, families))):
+        parts = []
+        for rule, family in zip(rules, families, strict=True):
+            sure = slice(0, rule.num_deflated)
+            parts += [(rule.nodes[sure], rule.weights[sure]), family[j % len(family)]]
+        one = [np.concatenate(each) for each in zip(*parts, strict=True)]
+        distances.append(wasserstein_distance(one[0], whole[0], one[1], whole[1]))
+    return float(np.mean(distances))
 
 
 def _probe_noise(rules: tuple[Rule, ...], dimension: int, nodes: np.ndarray) -> float:

@@ -70,7 +70,7 @@ def combine(
     if implicit:
         merged = list(map(merge_ghosts, probes))
         rules = [
-            pin_isolated(rule, dimension, simple_for_parallel_probes(probes, index))
+            pin_isolated(rule, dimension, simple_for_parallel_probes(probes, merged, index))
             for index, rule in enumerate(merged)
         ]
     elif run is None:
@@ -140,7 +140,7 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
     that are closer than rounding can resolve are replaced by one node at their mean.
     """
     rule = gauss_rule(probe)
-    seen, first = _ghosts(rule, probe)
+    seen, first = _ghosts(rule.nodes, rule.weights, probe.rounding_error)
     weights = rule.weights[seen]
     mass = np.add.reduceat(weights, first)
     center = np.add.reduceat(weights * rule.nodes[seen], first) / mass
@@ -148,11 +148,12 @@ def merge_ghosts(probe: Tridiagonal) -> Rule:
     return replace(rule, nodes=center, weights=mass / mass.sum(), residuals=residuals)
 
 
-def _ghosts(rule: Rule, probe: Tridiagonal) -> tuple[np.ndarray, np.ndarray]:
+def _ghosts(
+    nodes: np.ndarray, weights: np.ndarray, rounding_error: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(the nodes with a weight (m,) bool, the positions among them of each first copy)."""
-    seen = rule.weights > _WEIGHTLESS
-    nodes = rule.nodes[seen]
-    return seen, np.flatnonzero(np.diff(nodes, prepend=-np.inf) > 4 * probe.rounding_error)
+    seen = weights > _WEIGHTLESS
+    return seen, np.flatnonzero(np.diff(nodes[seen], prepend=-np.inf) > 4 * rounding_error)
 
 
 def isolated(rule: Rule) -> np.ndarray:
@@ -240,7 +241,9 @@ def simple_for_orthogonal_probes(
     return overlooked <= _OVERLOOKED
 
 
-def simple_for_parallel_probes(probes: Sequence[Tridiagonal], index: int) -> np.ndarray:
+def simple_for_parallel_probes(
+    probes: Sequence[Tridiagonal], merged: Sequence[Rule], index: int
+) -> np.ndarray:
     """Whether probes that ran side by side have found the same eigenvector at a probe's nodes.
 
     Let u and v be the starts of two probes, and P the projection to the eigenspace of an isolated
@@ -251,32 +254,32 @@ def simple_for_parallel_probes(probes: Sequence[Tridiagonal], index: int) -> np.
 
     Args:
       probes: the matrices of all probes.
+      merged: their rules with merged ghosts, from `merge_ghosts`.
       index: the position of the probe whose nodes are judged.
 
     Returns:
-      (m,) bool, for the nodes of ``merge_ghosts(probes[index])``.
+      (length,) bool, for the nodes of ``merged[index]``.
     """
     own = probes[index]
-    rule = gauss_rule(own)
-    seen, first = _ghosts(rule, own)
-    merged = merge_ghosts(own)
-    # u.Pv for all copies of an eigenvalue together, which holds without orthogonality of the basis.
-    _, vectors = own.eigh()
+    ours = merged[index]
     together = probes_together(probes, index)
     if len(together) < 2:
-        return np.zeros(merged.nodes.size, bool)
+        return np.zeros(ours.nodes.size, bool)
+    # u.Pv for all copies of an eigenvalue together, which holds without orthogonality of the basis.
+    nodes, vectors = own.eigh()
+    seen, first = _ghosts(nodes, vectors[0] ** 2, own.rounding_error)
     crossed = (own.start_products[: own.length].T @ vectors) * vectors[0]
     crossed = np.add.reduceat(crossed[:, seen], first, axis=1)
-    missed = np.ones(merged.nodes.size)
+    missed = np.ones(ours.nodes.size)
     for column, other in enumerate(together):
         if other == index:
             continue
-        theirs = merge_ghosts(probes[other])
-        nearest = np.abs(merged.nodes[:, None] - theirs.nodes).argmin(axis=1)
-        reach = merged.residuals + theirs.residuals[nearest]
-        same = np.abs(merged.nodes - theirs.nodes[nearest]) <= reach
+        theirs = merged[other]
+        nearest = np.abs(ours.nodes[:, None] - theirs.nodes).argmin(axis=1)
+        reach = ours.residuals + theirs.residuals[nearest]
+        same = np.abs(ours.nodes - theirs.nodes[nearest]) <= reach
         same &= isolated(theirs)[nearest]
-        squares = merged.weights * theirs.weights[nearest]
+        squares = ours.weights * theirs.weights[nearest]
         cosine = np.minimum(crossed[column] ** 2 / np.where(squares > 0, squares, np.inf), 1)
         missed *= np.where(same, 2 / np.pi * np.sqrt(1 - cosine), 1.0)
     return missed <= _OVERLOOKED

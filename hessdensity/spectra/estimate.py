@@ -52,6 +52,15 @@ class Estimate:
         return format(self, ".6g")
 
 
+def _with_interval(estimate: Estimate, spec: str) -> str:
+    """The value with its interval, or the widest interval of an array."""
+    if np.ndim(estimate.value):
+        widest = format(np.max(np.asarray(estimate.upper) - estimate.lower), spec)
+        return f"{np.shape(estimate.value)} estimates, intervals of up to {widest}"
+    ends = (format(float(end), spec) for end in (estimate.lower, estimate.upper))
+    return f"{format(float(estimate.value), spec)} ({' to '.join(ends)})"
+
+
 @dataclass(frozen=True, eq=False)
 class BoundedEstimate(Estimate):
     """An estimate from a spectrum, with a separate field for each error.
@@ -82,11 +91,7 @@ class BoundedEstimate(Estimate):
     """(lower, upper): 95 % bounds for the randomness of the probes alone, around the value."""
 
     def __format__(self, spec: str) -> str:
-        if np.ndim(self.value):
-            widest = format(np.max(np.asarray(self.upper) - self.lower), spec)
-            return f"{np.shape(self.value)} estimates, intervals of up to {widest}"
-        ends = (format(float(end), spec) for end in (self.lower, self.upper))
-        return f"{format(float(self.value), spec)} ({' to '.join(ends)})"
+        return _with_interval(self, spec)
 
     def map(self, f: Callable[[Any], Any]) -> BoundedEstimate:
         """The estimate with ``f`` applied to its value and to all bounds. ``f`` must increase.
@@ -136,11 +141,7 @@ class DataEstimate(Estimate):
     """(lowest, highest): the biases that ``lower`` and ``upper`` allow for, or None if unknown."""
 
     def __format__(self, spec: str) -> str:
-        if np.ndim(self.value):
-            widest = format(np.max(np.asarray(self.upper) - self.lower), spec)
-            return f"{np.shape(self.value)} estimates, intervals of up to {widest}"
-        ends = (format(float(end), spec) for end in (self.lower, self.upper))
-        return f"{format(float(self.value), spec)} ({' to '.join(ends)})"
+        return _with_interval(self, spec)
 
 
 class Reach(NamedTuple):

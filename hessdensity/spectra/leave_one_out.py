@@ -60,20 +60,24 @@ def leave_one_out(block: BlockKrylov, dimension: int) -> tuple[Rule, ...]:
 
     Cost: O(b (b q)^3) on the host.
     """
-    symmetric = _as_deep_as_it_is(block._replace(matrix=(block.matrix + block.matrix.T) / 2))
-    count = block.starts.shape[1]
+    block = block._replace(matrix=(block.matrix + block.matrix.T) / 2)
     if block.matrix.shape[0] == dimension and not block.outside.any():
-        values = np.linalg.eigvalsh(symmetric.matrix)
+        values = np.linalg.eigvalsh(block.matrix)
         residuals = np.full(dimension, 2 * block.rounding_error)
         return (Rule(values, np.full(dimension, 1 / dimension), dimension, residuals),)
-    alone = [recurrence(symmetric, _no_columns(block), i) for i in range(count)]
+    multiple = multiple_eigenspaces(block)
+    block = _as_deep_as_it_is(block, multiple)
+    starts = range(block.starts.shape[1])
+    alone = [recurrence(block, _no_columns(block), i) for i in starts]
     enclosure = ends_of_the_spectrum(alone, dimension)
-    return tuple(_rule(symmetric, i, dimension, enclosure) for i in range(count))
+    return tuple(
+        _rule(block, i, krylov_of_others(block, i, multiple), dimension).enclosed(enclosure)
+        for i in starts
+    )
 
 
-def _rule(block: BlockKrylov, index: int, dimension: int, enclosure: tuple[float, float]) -> Rule:
-    """The rule of one start."""
-    deflated = _krylov_of_others(block, index)
+def _rule(block: BlockKrylov, index: int, deflated: np.ndarray, dimension: int) -> Rule:
+    """The rule of one start in the complement of the Krylov space of the others."""
     products = block.matrix @ deflated
     inner = deflated.T @ products
     ritz, vectors = np.linalg.eigh((inner + inner.T) / 2)
@@ -90,7 +94,7 @@ def _rule(block: BlockKrylov, index: int, dimension: int, enclosure: tuple[float
         dimension,
         float(singular[:count].sum()),
         count + 1,
-    ).enclosed(enclosure)
+    )
 
 
 def recurrence(block: BlockKrylov, deflated: np.ndarray, index: int) -> Tridiagonal:
@@ -128,10 +132,10 @@ def recurrence(block: BlockKrylov, deflated: np.ndarray, index: int) -> Tridiago
     )
 
 
-def _krylov_of_others(block: BlockKrylov, index: int) -> np.ndarray:
+def krylov_of_others(block: BlockKrylov, index: int, multiple: list[np.ndarray]) -> np.ndarray:
     """Orthonormal columns of the block Krylov space of all starts but one, with q - 1 blocks."""
     new = np.delete(block.starts, index, axis=1)
-    own = _own_copies(block, index)
+    own = _own_copies(new, multiple)
     found = _no_columns(block)
     for step in range(block.num_steps - 1):
         kept = np.concatenate([own, found], axis=1)
@@ -143,7 +147,7 @@ def _krylov_of_others(block: BlockKrylov, index: int) -> np.ndarray:
     return found
 
 
-def _own_copies(block: BlockKrylov, index: int) -> np.ndarray:
+def _own_copies(others: np.ndarray, multiple: list[np.ndarray]) -> np.ndarray:
     """Orthonormal eigenvectors in the span of Z that the other starts cannot reach: (size, g).
 
     In exact arithmetic, b - 1 starts reach at most b - 1 copies of an eigenvalue, those in the span
@@ -152,27 +156,26 @@ def _own_copies(block: BlockKrylov, index: int) -> np.ndarray:
     ghosts of a recurrence. Then the probe would miss this eigenvalue, and the trace would be off by
     tens of percent. So the Krylov space is kept orthogonal to these copies.
     """
-    others = np.delete(block.starts, index, axis=1)
-    found = [_no_columns(block)]
-    for space in _multiple_eigenspaces(block):
+    found = [np.zeros((len(others), 0))]
+    for space in multiple:
         axes, lengths, _ = np.linalg.svd(space.T @ others)
         reached = int(np.sum(lengths > 1e-6 * lengths.max(initial=0)))
         found.append(space @ axes[:, reached:])
     return np.concatenate(found, axis=1)
 
 
-def _as_deep_as_it_is(block: BlockKrylov) -> BlockKrylov:
+def _as_deep_as_it_is(block: BlockKrylov, multiple: list[np.ndarray]) -> BlockKrylov:
     """The block with the number of steps that its Krylov space really has.
 
     In exact arithmetic, b starts reach at most b copies of an eigenvalue. Rounding adds others,
     which take the place of directions of the Krylov space.
     """
     size, count = block.starts.shape
-    added = sum(max(space.shape[1] - count, 0) for space in _multiple_eigenspaces(block))
+    added = sum(max(space.shape[1] - count, 0) for space in multiple)
     return block._replace(num_steps=max(min(block.num_steps, (size - added) // count), 2))
 
 
-def _multiple_eigenspaces(block: BlockKrylov) -> list[np.ndarray]:
+def multiple_eigenspaces(block: BlockKrylov) -> list[np.ndarray]:
     """Orthonormal bases of the multiple eigenvalues in the span of Z, (size, copies) each."""
     values, vectors = np.linalg.eigh(block.matrix)
     residuals = np.linalg.norm(block.outside @ vectors, axis=0)

@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from hessdensity.coordinate import LINEAR, Coordinate
+
 from . import archive
 from .estimate import BoundedEstimate, Estimate
 from .functions import checked, constant_variation, sampled_variation
 from .quadrature import Rule
-from .smoothing import (
-    LINEAR,
-    Coordinate,
-    kernel,
-    kernel_variation,
-    resolution,
-    seen_density,
-)
+from .smoothing import kernel, kernel_variation, resolution, seen_density
 from .statistics import RuleStatistics
 from .summary import summarize
 
@@ -163,9 +158,8 @@ class SpectralMeasure:
         statistics = self._statistics
         estimate = statistics.expectations(
             lambda nodes: kernel(points - forward(nodes)[:, None], width),
-            lambda *ends: kernel_variation(points, width, *map(float, forward(np.array(ends)))),
+            lambda low, high: kernel_variation(points, width, low, high, coordinate),
             lambda index: seen_density(statistics, index, points, width, coordinate),
-            unbounded_slope=coordinate is not LINEAR,
         )
         return estimate.map(lambda part: np.reshape(part, x.shape))
 

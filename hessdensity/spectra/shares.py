@@ -11,7 +11,7 @@ from .estimate import BoundedEstimate
 from .intervals import share_interval
 from .quadrature import Rule, cumulative, cumulative_bounds
 
-_LAST_BITS = 1e-14  # error of a sum of weights
+_LAST_BITS = 1e-14  # relative error of a sum of weights
 
 
 class Range(NamedTuple):
@@ -81,13 +81,13 @@ class Shares:
         probes = sure.value + self._part * around[0], sure.value + self._part * around[1]
         quadrature = sure.least + self._part * seen.least, sure.most + self._part * seen.most
         ends = self._interval(seen.least, seen.most)
-        lower = np.clip(sure.least + self._part * ends[0] - coupling - _LAST_BITS, 0, 1)
-        upper = np.clip(sure.most + self._part * ends[1] + coupling + _LAST_BITS, 0, 1)
+        lower = (sure.least + self._part * ends[0] - coupling) * (1 - _LAST_BITS)
+        upper = (sure.most + self._part * ends[1] + coupling) * (1 + _LAST_BITS)
         return BoundedEstimate(
             sure.value + self._part * value,
             self._part * error,
-            lower,
-            upper,
+            np.clip(lower, 0, 1),
+            np.clip(upper, 0, 1),
             quadrature,
             coupling,
             probes,
@@ -97,22 +97,11 @@ class Shares:
         """The share of one probe's part in [low, high], with certain bounds."""
         rule = self._rules[index]
         members = self.members[index]
-        value = np.maximum(
-            np.mean(
-                [_share(nodes, weights, low, high) for nodes, weights in members[1:] or members],
-                axis=0,
-            ),
-            0,
-        )
+        value = np.mean([_share(*each, low, high) for each in members[1:] or members], axis=0)
+        inner, outer = _widened(low, high, rule)
         if rule.exact:
-            rounding = rule.rounding
-            nodes, weights = members[0]
-            least, most = (
-                _share(nodes, weights, low + sign * rounding, high - sign * rounding)
-                for sign in (1, -1)
-            )
+            least, most = (_share(*members[0], *ends) for ends in (inner, outer))
         else:
-            inner, outer = _widened(low, high, rule)
             least = (
                 cumulative_bounds(members, inner[1])[0] - cumulative_bounds(members, inner[0])[1]
             )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
+
+from hessdensity.coordinate import LINEAR, Coordinate
 
 from .deflation import isolated
 from .quadrature import Rule
@@ -15,31 +14,27 @@ from .statistics import Variation
 _LAYERS = 24  # intervals that a kernel is divided into
 
 
-class Coordinate(NamedTuple):
-    """An increasing map of the eigenvalue axis, in whose units a spectrum is smoothed."""
-
-    forward: Callable[[np.ndarray], np.ndarray]
-    """From eigenvalues to coordinates."""
-    backward: Callable[[np.ndarray], np.ndarray]
-    """From coordinates to eigenvalues."""
-
-
-LINEAR = Coordinate(np.asarray, np.asarray)
-
-
 def kernel(distance: np.ndarray, width: float) -> np.ndarray:
     """The density of a Gaussian at a distance from its center."""
     return np.exp(-0.5 * (distance / width) ** 2) / (width * np.sqrt(2 * np.pi))
 
 
-def kernel_variation(x: np.ndarray, width: float, low: float, high: float) -> Variation:
-    """How much the kernel around each x changes on [low, high], all in coordinates."""
-    inside = (x >= low) & (x <= high)
-    ends = kernel(x - low, width), kernel(x - high, width)
+def kernel_variation(
+    x: np.ndarray, width: float, low: float, high: float, coordinate: Coordinate = LINEAR
+) -> Variation:
+    """How much the kernel around each x, in coordinates, changes for eigenvalues in [low, high].
+
+    Its slope along the eigenvalue axis is known only if the coordinate is linear.
+    """
+    start, end = (float(u) for u in coordinate.forward(np.array([low, high])))
+    inside = (x >= start) & (x <= end)
+    ends = kernel(x - start, width), kernel(x - end, width)
     height = kernel(np.zeros(1), width)
     total = np.where(inside, 2 * height - ends[0] - ends[1], np.abs(ends[0] - ends[1]))
+    if coordinate is not LINEAR:
+        return Variation(total, np.full(x.shape, np.inf))
     # The kernel is steepest at one standard deviation from its center.
-    nearest = np.maximum(np.maximum(low - x, x - high), width)
+    nearest = np.maximum(np.maximum(start - x, x - end), width)
     return Variation(total, nearest / width**2 * kernel(nearest, width))
 
 

@@ -29,7 +29,7 @@ class Variation(NamedTuple):
     total: np.ndarray
     """The total variation."""
     steepest: np.ndarray
-    """The largest absolute derivative."""
+    """The largest absolute derivative, or infinity if it is unknown."""
 
 
 class RuleStatistics(Shares):
@@ -49,8 +49,6 @@ class RuleStatistics(Shares):
         values: Values,
         variation: Callable[[float, float], Variation],
         certain: Callable[[int], Range | None] = lambda _: None,
-        exact: bool = False,
-        unbounded_slope: bool = False,
     ) -> BoundedEstimate:
         """The means of several functions that are never negative.
 
@@ -59,21 +57,15 @@ class RuleStatistics(Shares):
           variation: how much they change on an interval, which the coupling moves eigenvalues in.
           certain: maps the position of a rule to certain bounds on what its probe has seen, or
             None. Where they are not NaN, they replace the spread of the family.
-          exact: whether quadrature and deflation are exact for these functions.
-          unbounded_slope: whether ``variation`` knows only the total variation.
         """
-        seen, spread = self._seen(values, certain, exact)
-        mean = self._mean(seen)
-        error = np.sqrt(2 * spread / max(self._freedom - 2, 1))
-        bounds = (mean.value, mean.value)
-        if np.isfinite(self._freedom):
-            bounds = positive_interval(mean.value, error, self._freedom, self._dimension)
+        mean, error = self._seen(values, certain)
+        bounds = self._interval_of_positive(mean.value, error)
         # The law of the probes is one of ratios, so that it also holds at the ends of quadrature.
         ratios = [
             np.divide(end, mean.value, out=np.ones_like(end), where=mean.value > 0)
             for end in bounds
         ]
-        coupling = np.zeros_like(error) + self._coupling_error(variation, unbounded_slope)
+        coupling = np.zeros_like(error) + self._coupling_error(variation)
         sure = self._deflated(values)
         least = np.maximum(mean.least, 0)
         ends = least * ratios[0], mean.most * ratios[1]
@@ -93,28 +85,45 @@ class RuleStatistics(Shares):
         variation: Callable[[float, float], Variation],
         exact: bool = False,
     ) -> BoundedEstimate:
-        """The mean of a single function, which may take both signs."""
+        """The mean of a single function, which may take both signs.
+
+        Args:
+          values: the function.
+          variation: as for `expectations`.
+          exact: whether quadrature is exact for this function.
+        """
         # A constant has no noise. Around it, a function is the difference of two that are not
         # negative. The upper end of one is therefore combined with the lower end of the other.
         middle = self._median(values)
-        gain = self.expectations(lambda x: np.maximum(values(x) - middle, 0), variation, exact=True)
-        loss = self.expectations(lambda x: np.maximum(middle - values(x), 0), variation, exact=True)
-        whole, spread = self._seen(values, lambda _: None, exact)
-        mean = self._mean(whole)
-        error = self._part * np.sqrt(2 * spread / max(self._freedom - 2, 1))
+        gain = self._probes_of_positive(lambda x: np.maximum(values(x) - middle, 0))
+        loss = self._probes_of_positive(lambda x: np.maximum(middle - values(x), 0))
+        mean, error = self._seen(values, exact=exact)
+        error = self._part * error
         coupling = np.zeros_like(error) + self._coupling_error(variation)
         sure = self._deflated(values)
         value = sure.value + self._part * mean.value
         quadrature = sure.least + self._part * mean.least, sure.most + self._part * mean.most
-        probes = (
-            middle + gain.probes[0] - loss.probes[1],
-            middle + gain.probes[1] - loss.probes[0],
-        )
+        probes = middle + gain[0] - loss[1], middle + gain[1] - loss[0]
         # The parts of one sign have kinks, so that quadrature is worse for them than for the whole.
         lower = probes[0] - (value - quadrature[0]) - coupling
         upper = probes[1] + (quadrature[1] - value) + coupling
         found = BoundedEstimate(value, error, lower, upper, quadrature, coupling, probes)
         return found.map(lambda part: float(part[0]))
+
+    def _probes_of_positive(self, values: Values) -> tuple[np.ndarray, np.ndarray]:
+        """95 % bounds for the probes alone on the mean of a function that is never negative."""
+        mean, error = self._seen(values, exact=True)
+        sure = self._deflated(values).value
+        low, high = self._interval_of_positive(mean.value, error)
+        return sure + self._part * low, sure + self._part * high
+
+    def _interval_of_positive(
+        self, mean: np.ndarray, error: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """95 % bounds on the mean of a function over the probes' parts, if it is never negative."""
+        if not np.isfinite(self._freedom):
+            return mean, mean
+        return positive_interval(mean, error, self._freedom, self._dimension)
 
     def _median(self, values: Values) -> float:
         """The median of a function over what the probes have seen."""
@@ -128,9 +137,12 @@ class RuleStatistics(Shares):
         return float(found[order][np.searchsorted(sums, sums[-1] / 2)])
 
     def _seen(
-        self, values: Values, certain: Callable[[int], Range | None], exact: bool
-    ) -> tuple[list[Range], np.ndarray]:
-        """What each probe has seen of the functions' means, and their variance over the rules."""
+        self,
+        values: Values,
+        certain: Callable[[int], Range | None] = lambda _: None,
+        exact: bool = False,
+    ) -> tuple[Range, np.ndarray]:
+        """What the probes have seen of the functions' means, and the standard error of this."""
         found = []
         means = []
         for index, members in enumerate(self.members):
@@ -149,16 +161,16 @@ class RuleStatistics(Shares):
                 if sure is not None:
                     least = np.where(np.isnan(sure.least), least, np.minimum(sure.least, value))
                     most = np.where(np.isnan(sure.most), most, np.maximum(sure.most, value))
-            moved = self._rounding(index, values)
+            moved = self._rounding(index, values, each[0][0])
             found.append(Range(value, least - moved, most + moved))
-        pooled = self._mean(found).value
+        mean = self._mean(found)
         # The spread is taken around the pooled mean. The formula mean f^2 - (mean f)^2 would cancel
         # when f is far from zero.
         spreads = [
-            np.mean([(weights * (f - pooled) ** 2).sum(0) for f, weights in each], axis=0)
+            np.mean([(weights * (f - mean.value) ** 2).sum(0) for f, weights in each], axis=0)
             for each in means
         ]
-        return found, self._weighted(spreads)
+        return mean, np.sqrt(2 * self._weighted(spreads) / max(self._freedom - 2, 1))
 
     def _extremes_of_family(
         self, index: int, values: Values, means: np.ndarray
@@ -184,8 +196,10 @@ class RuleStatistics(Shares):
                 reach /= 6
         return np.array(ends[:1]), np.array(ends[1:])
 
-    def _rounding(self, index: int, values: Values) -> np.ndarray:
+    def _rounding(self, index: int, values: Values, here: np.ndarray) -> np.ndarray:
         """How far rounding of the products may move the means that a probe sees.
+
+        ``here`` are the values at the nodes of the Gauss rule.
 
         It moves the nodes by as much as the smallest residual. To first order in this, the changes
         have random signs and average out over the N dimensions. To second order they do not. If a
@@ -195,7 +209,7 @@ class RuleStatistics(Shares):
         reach = self._rules[index].rounding
         if not reach:
             return np.zeros(1)
-        above, here, below = (values(nodes + sign * reach) for sign in (1, 0, -1))
+        above, below = values(nodes + reach), values(nodes - reach)
         averaged = 1.0 if self._rules[index].exact else np.sqrt(self._dimension)
         first = np.abs(above - below) / (2 * averaged)
         second = np.abs(above + below - 2 * here) / 2
@@ -213,9 +227,7 @@ class RuleStatistics(Shares):
             found.append(Range(*(weights @ part for part in ends)))
         return Range(*(np.mean(part, axis=0) for part in zip(*found, strict=True)))
 
-    def _coupling_error(
-        self, variation: Callable[[float, float], Variation], unbounded_slope: bool = False
-    ) -> np.ndarray:
+    def _coupling_error(self, variation: Callable[[float, float], Variation]) -> np.ndarray:
         """The most that the couplings may have changed the means of some functions.
 
         Counting functions differ by at most the rank of the coupling, so that a mean differs by at
@@ -226,9 +238,9 @@ class RuleStatistics(Shares):
         for rule, ends in zip(self._rules, self._coupled, strict=True):
             if ends is not None:
                 change = variation(*ends)
-                most = rule.coupling_rank * change.total
-                if not unbounded_slope:
-                    most = np.minimum(most, 2 * rule.coupling * change.steepest)
+                most = np.minimum(
+                    rule.coupling_rank * change.total, 2 * rule.coupling * change.steepest
+                )
                 total = total + most / (self._n * len(self._rules))
         return total
 

@@ -36,7 +36,8 @@ def test_deflation_moves_the_cumulative_by_b_minus_1_and_w1_by_the_nuclear_norm(
     values = np.sort(spectra.ORDINARY[name])
     block, basis = block_krylov(values, count, num_steps)
     for index, rule in enumerate(leave_one_out.leave_one_out(block, values.size)):
-        deflated = basis @ leave_one_out._krylov_of_others(block, index)
+        multiple = leave_one_out.multiple_eigenspaces(block)
+        deflated = basis @ leave_one_out.krylov_of_others(block, index, multiple)
         complement = np.linalg.svd(deflated.T)[2][deflated.shape[1] :]
         inside, outside = (
             np.linalg.eigvalsh(q @ (values[:, None] * q.T)) for q in (deflated.T, complement)
