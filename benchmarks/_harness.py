@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +54,18 @@ def measure(function: Callable, *args: Any, repeats: int = 5) -> Timing:
 def _summary(samples: list[float]) -> Timing:
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(middle, high - low)
+
+
+def processes() -> ProcessPoolExecutor:
+    """A pool of one process for each core, each of which computes with one thread on the CPU.
+
+    For answers that are figures, not times.
+    """
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    one = "--xla_cpu_multi_thread_eigen=false"
+    os.environ.update({name: "1" for name in threads}, JAX_PLATFORMS="cpu")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one}".strip()
+    return ProcessPoolExecutor(_cores(), multiprocessing.get_context("spawn"))
 
 
 def environment() -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Random spectra of fourteen families, in float32 and float64, each with a random rotation and scale,
 by four ways to spend the products: deflation (the default), plain probes, no basis, a block. On
-each: every interval of a density, and for the functions their width, in units of the truth.
+each: every interval of a density, and for the functions their width, in units of the truth. The
+families are shared out to one process for each core.
 
 Answer: not run since the intervals hold every error."""
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import hessdensity as hd
-from benchmarks._harness import save
+from benchmarks._harness import processes, save
 from hessdensity.vectors.random import random_block
 
 SIZES = (300, 900)  # every size is compiled anew
@@ -219,18 +220,25 @@ def one(family: str, index: int, dtype: Any) -> Iterator[tuple[str, str, Held]]:
         yield form, "estimated error", Held(float(true <= error), error / max(true, 1e-300))
 
 
-def main() -> None:
+def family_of_spectra(task: tuple[str, str, int]) -> list[tuple[str, str, Held]]:
+    """What held for the random spectra of one family in one dtype."""
+    dtype, family, count = task
     logging.getLogger("hessdensity").setLevel(logging.ERROR)
+    with jax.enable_x64(dtype == "float64"):
+        return [found for index in range(count) for found in one(family, index, dtype)]
+
+
+def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 12
     runs: dict[tuple[str, str, str], dict[str, list[Held]]] = {}
-    for dtype in ("float32", "float64"):
-        with jax.enable_x64(dtype == "float64"):
-            for family in FAMILIES:
-                for index in range(count):
-                    for form, name, found in one(family, index, dtype):
-                        row = runs.setdefault((dtype, form, name), {})
-                        row.setdefault(family, []).append(found)
-                print(f"{dtype}, {family}", flush=True)
+    tasks = [(dtype, family, count) for dtype in ("float32", "float64") for family in FAMILIES]
+    with processes() as pool:
+        for (dtype, family, _), answer in zip(
+            tasks, pool.map(family_of_spectra, tasks), strict=True
+        ):
+            for form, name, found in answer:
+                runs.setdefault((dtype, form, name), {}).setdefault(family, []).append(found)
+            print(f"{dtype}, {family}", flush=True)
     table = []
     for (dtype, form, name), families in runs.items():
         every = [each for found in families.values() for each in found]

@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import hessdensity as hd
-from benchmarks._harness import save
+from benchmarks._harness import processes, save
 from benchmarks.models.data import folder
 from hessdensity.krylov import lanczos
 from hessdensity.spectra import deflation
@@ -35,7 +35,8 @@ from hessdensity.vectors import trees
 from hessdensity.vectors.basis import Basis
 from hessdensity.vectors.random import random_block
 
-KEYS = 20  # on the network's spectrum
+REFERENCE = "trained network"
+KEYS = 20  # on its spectrum
 SYNTHETIC_KEYS = 4
 BANDWIDTH = 1 / 500  # of the range, for L1
 
@@ -65,7 +66,7 @@ def spectra() -> dict[str, np.ndarray]:
     gram = rng.standard_normal((1500, 3000))
     tail = 0.05 * np.arange(1.0, 7981.0) ** -0.8 * rng.choice([1.0, -0.3], 7980)
     return {
-        "trained network": reference,
+        REFERENCE: reference,
         "20 outliers, light tail": np.concatenate([np.geomspace(1, 20, 20), tail]),
         "power law 1/i": 1 / np.arange(1.0, 8001.0),
         "zeros, bulk, outliers": np.concatenate(
@@ -141,9 +142,13 @@ RUNS: list[tuple[str, Method, Settings]] = [
     ("without its own", without_its_own, Settings(60, 60, 1)),
     ("without its own", without_its_own, Settings(60, 60, 2)),
     ("without its own", without_its_own, Settings(90, 45, 2)),
-    ("block", block, Settings(0, 36, 3)),
-    ("block", block, Settings(0, 36, 5)),
+    ("block", block, Settings(0, 40, 3)),
+    ("block", block, Settings(0, 60, 3)),
     ("block", block, Settings(0, 45, 4)),
+    ("block", block, Settings(0, 36, 5)),
+    ("block", block, Settings(0, 45, 5)),
+    ("block", block, Settings(0, 30, 6)),
+    ("block", block, Settings(0, 90, 5)),
     ("block", block, Settings(0, 135, 5)),
     ("sequential", sequential, Settings(0, 40, 3)),
     ("sequential", sequential, Settings(0, 60, 3)),
@@ -179,17 +184,27 @@ class Exact:
         }
 
 
-def row(
-    exact: Exact, operator: hd.Matrix, name: str, method: Method, settings: Settings, keys: int
-) -> dict:
-    """Mean W1/range and L1, root mean square relative error of the trace, over the keys."""
-    errors = [exact.errors(method(operator, jax.random.key(k), settings)) for k in range(keys)]
+def row(task: tuple[str, int]) -> dict:
+    """Mean W1/range and L1, root mean square relative error of the trace, over the keys.
+
+    Args:
+      task: the name of a spectrum, and the index of a run in `RUNS`.
+    """
+    name, index = task
+    eigenvalues = spectra()[name]
+    method, function, settings = RUNS[index]
+    keys = KEYS if name == REFERENCE else SYNTHETIC_KEYS
+    exact = Exact(eigenvalues)
+    operator = hd.Matrix.from_eigenvalues(
+        jnp.asarray(eigenvalues, jnp.float32), jax.random.key(1000)
+    )
+    errors = [exact.errors(function(operator, jax.random.key(k), settings)) for k in range(keys)]
     w1 = [error["w1"] for error in errors]
     return {
-        "method": name,
+        "method": method,
         "settings": str(settings),
         "products": settings.products,
-        "passes": settings.passes * (settings.num_probes if name == "sequential" else 1),
+        "passes": settings.passes * (settings.num_probes if method == "sequential" else 1),
         "w1": float(np.mean(w1)),
         "w1_standard_error": float(np.std(w1, ddof=1) / np.sqrt(keys)),
         "l1": float(np.mean([error["l1"] for error in errors])),
@@ -220,26 +235,23 @@ def draw(results: dict[str, list[dict]]) -> plt.Figure:
 
 
 def main() -> None:
-    results: dict[str, list[dict]] = {}
-    for name, eigenvalues in spectra().items():
-        keys = SYNTHETIC_KEYS if results else KEYS
-        exact = Exact(eigenvalues)
-        operator = hd.Matrix.from_eigenvalues(
-            jnp.asarray(eigenvalues, jnp.float32), jax.random.key(1000)
-        )
-        print(f"\n{name}, n = {eigenvalues.size:,}: means over {keys} keys")
-        print(
-            f"{'':16}{'steps':>18}{'products':>9}{'W1 / range':>20}{'L1':>9}{'trace rms':>11}",
-            flush=True,
-        )
-        results[name] = []
-        for method, function, settings in RUNS:
-            cell = row(exact, operator, method, function, settings, keys)
+    names = {name: eigenvalues.size for name, eigenvalues in spectra().items()}
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    tasks = [(name, index) for name in names for index in range(len(RUNS))]
+    with processes() as pool:
+        for (name, index), cell in zip(tasks, pool.map(row, tasks), strict=True):
+            if not index:
+                keys = KEYS if name == REFERENCE else SYNTHETIC_KEYS
+                print(f"\n{name}, n = {names[name]:,}: means over {keys} keys")
+                print(
+                    f"{'':16}{'steps':>18}{'products':>9}{'passes':>7}{'W1 / range':>20}{'L1':>9}"
+                    f"{'trace rms':>11}"
+                )
             results[name].append(cell)
             error = f"{cell['w1']:.2e} ± {cell['w1_standard_error']:.0e}"
             print(
-                f"{method:16}{settings!s:>18}{settings.products:>9}{error:>20}{cell['l1']:>9.4f}"
-                f"{cell['trace_rms']:>11.2%}",
+                f"{cell['method']:16}{cell['settings']:>18}{cell['products']:>9}{cell['passes']:>7}"
+                f"{error:>20}{cell['l1']:>9.4f}{cell['trace_rms']:>11.2%}",
                 flush=True,
             )
     path = save("deflation", results)

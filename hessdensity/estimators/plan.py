@@ -31,23 +31,27 @@ def plan(
     4 (m0 + m) bytes, in m0 + k m passes. The basis is spread over the devices as the weights are.
 
     Args:
-      operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. Its vectors may be
-        abstract, with shardings (``jax.ShapeDtypeStruct``), if ``timed`` is False.
+      operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. If ``timed`` is
+        False, its parameters or vectors may be abstract, with shardings
+        (``jax.ShapeDtypeStruct``). Then nothing of their size is allocated.
       computation: ``"spectral_density"``, ``"top_eigenspace"``, ``"spectral_measure"``,
         ``"part_densities"``, ``"trace"`` or ``"track"``. The plan of a track is that of one of
         its checkpoints.
       device_bytes: memory for vectors, basis and activations on one device. The default is nine
         tenths of the memory that is free now.
       host_bytes: memory of the host for each of its devices, with the same default.
-      timed: whether to time one product, after another one that compiles it.
+      timed: whether to time one product, after another one that compiles it. It is not possible
+        for a `Hessian` at abstract parameters.
       settings: settings of the computation, such as ``num_steps=30`` or ``rank=10``.
 
     Returns:
-      `Plan`.
+      `Plan`. ``print(plan)`` shows every way to keep the vectors, and which of them fit.
+      ``plan.chosen`` is the one that a run takes.
 
     Raises:
       TypeError: ``operator`` lacks ``like`` or ``@``, or a setting is unknown or missing.
       ValueError: the computation is unknown, or a setting is out of range.
+      MemoryError (in ``plan.chosen``): no way to keep the vectors fits.
 
     Cost: two products with one vector, or none if ``timed`` is False. The program of a `Hessian` is
     compiled to measure its activations. With several processes, all of them must call.

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.plan import MemoryLayout, first_that_fits
+from hessdensity.runs.plan import MemoryLayout
 from hessdensity.runs.run import Run
 from hessdensity.spectra.density import SpectralDensity
 
@@ -104,7 +104,8 @@ def spectral_density(
         Or the operator turns out not to be symmetric. Or ``checkpoint`` is not a checkpoint, or it
         belongs to other params, data, key or settings. The message names the difference.
       RuntimeError: the data are shuffled and a checkpoint is given, or another process has died.
-      MemoryError: the memory is exhausted. The message shows which settings would fit.
+      MemoryError: no way to keep the bases fits, or the memory is exhausted. The message shows
+        the plan.
       NonFiniteProductError: a product is not finite. ``partial`` is the density from the steps
         before, if there are any.
 
@@ -173,7 +174,7 @@ def _layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> Memor
                 )
         return found
 
-    layout = first_that_fits(run.operator, allowed, settings.num_vectors, run.free)
+    layout = run.choose(allowed)
     run.steps.decisions = {
         "keeps_basis": layout.basis != "none",
         "probes_at_once": layout.probes_at_once,

@@ -10,7 +10,7 @@ import numpy as np
 
 from hessdensity.krylov.restarted import RestartedLanczos
 from hessdensity.operators.protocol import Operator, check
-from hessdensity.runs.plan import MemoryLayout, first_that_fits
+from hessdensity.runs.plan import MemoryLayout
 from hessdensity.runs.run import Run
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.vectors import trees
@@ -185,7 +185,7 @@ def _basis_size(run: Run, settings: EigenspaceSettings) -> int:
         return found
 
     if "basis_size" not in run.steps.decisions:
-        chosen = first_that_fits(run.operator, layouts, settings.block_size, run.free)
+        chosen = run.choose(layouts)
         run.steps.decisions = {"basis_size": sizes[found.index(chosen)]}
     return int(run.steps.decisions["basis_size"])
 

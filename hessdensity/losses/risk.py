@@ -355,6 +355,11 @@ class EmpiricalRisk:
         zero that its sum starts from.
         """
         kernel, *arrays = program
+        if trees.is_abstract(self._source[1]):
+            raise TypeError(
+                "params holds descriptions of arrays (jax.ShapeDtypeStruct), so that nothing can "
+                "be computed. Give arrays. A plan needs none: hd.plan(operator, timed=False)."
+            )
 
         def recipe() -> tuple[str, Callable[[PyTree], float | None]]:
             # What is kept of it must hold neither vectors nor, in a circle, the parameters.

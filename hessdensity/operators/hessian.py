@@ -40,7 +40,9 @@ class Hessian:
         depend on each other (batch statistics, contrastive losses), as the adapters do. A product
         cannot tell a mean from a sum; `verify_operator` does.
       params: pytree of parameters. float16 and bfloat16 leaves become float32 here, because their
-        tangents must be float32. A model that computes in a shorter dtype still does so.
+        tangents must be float32. A model that computes in a shorter dtype still does so. With
+        descriptions of arrays (``jax.ShapeDtypeStruct``) nothing of the size of the parameters is
+        allocated, and the operator is good for a plan (`hessdensity.plan`).
       data: batches that can be iterated twice: a list, `batches`, a loader object, or a function
         that returns an iterator.
       where: the leaves that form the vector, as a glob on paths such as ``"Dense_0/*"``, or a

@@ -20,6 +20,11 @@ from hessdensity.vectors import trees
 
 from .memory import Free, bytes_per_device
 
+_NOTHING_FITS = (
+    "Nothing fits into the free memory. Take fewer vectors, spread the weights over more devices, "
+    "or free memory. Activations become smaller with smaller batches (microbatch=)."
+)
+
 
 @dataclass(frozen=True)
 class MemoryLayout:
@@ -109,9 +114,20 @@ class Plan:
     """Other ways to need less memory."""
 
     @property
+    def fitting(self) -> MemoryLayout | None:
+        """The first layout that fits, or None."""
+        return next((each for each in self.layouts if each.fits(self.free)), None)
+
+    @property
     def chosen(self) -> MemoryLayout:
-        """The first layout that fits, or the one that needs least if none fits."""
-        return next((each for each in self.layouts if each.fits(self.free)), self.layouts[-1])
+        """The first layout that fits.
+
+        Raises:
+          MemoryError: none fits. The message shows the plan.
+        """
+        if self.fitting is None:
+            raise MemoryError(f"nothing fits.\n\n{self}")
+        return self.fitting
 
     def __str__(self) -> str:
         name = self.computation.replace("_", " ")
@@ -131,7 +147,8 @@ class Plan:
             "host",
         ]
         if self.seconds is not None:
-            whole = format_seconds(self.seconds * self.chosen.num_matvecs)
+            products = max(layout.num_matvecs for layout in self.layouts)
+            whole = format_seconds(self.seconds * products)
             each = format_seconds(self.seconds)
             lines.append(f"  time             a product {each}, the run {whole} at most")
         return "\n".join([*lines, "", *self._rows(), *self._remarks()])
@@ -143,7 +160,7 @@ class Plan:
         for layout in self.layouts:
             fits = layout.fits(self.free)
             verdict = "fits" if fits else "does not fit"
-            verdict += ", chosen" if fits and layout is self.chosen else ""
+            verdict += ", chosen" if layout is self.fitting else ""
             counts = (layout.probes_at_once, layout.num_matvecs, layout.num_passes)
             sizes = (format_bytes(layout.device_bytes), format_bytes(layout.host_bytes))
             rows.append((layout.basis, *map(str, counts), *sizes, verdict))
@@ -151,6 +168,8 @@ class Plan:
 
     def _remarks(self) -> list[str]:
         remarks = []
+        if self.fitting is None:
+            remarks.append(f"  {_NOTHING_FITS}")
         if len({layout.probes_at_once for layout in self.layouts}) > 1:
             remarks.append(
                 "  Probes that run together share the passes over the data.\n"
@@ -192,8 +211,8 @@ def plan_from_sizes(
 
 def first_that_fits(
     operator: Operator, layouts_of: LayoutsOf, num_vectors: int, free: Free
-) -> MemoryLayout:
-    """The first layout that fits, or the one that needs least if none fits.
+) -> MemoryLayout | None:
+    """The first layout that fits, or None.
 
     The activations are measured only if the choice depends on them, because that costs a
     compilation.
@@ -206,11 +225,11 @@ def first_that_fits(
     """
     n = check(operator)
     vector_bytes = bytes_per_device(operator.like)
-    first, *others = layouts_of(n, vector_bytes, 0)
-    if not others or free.device is None or first.device_bytes < free.device / 4:
+    first, *_ = layouts_of(n, vector_bytes, 0)
+    if first.fits(free) and (free.device is None or first.device_bytes < free.device / 4):
         return first
     measured = layouts_of(n, vector_bytes, activation_bytes(operator, num_vectors) or 0)
-    return next((layout for layout in measured if layout.fits(free)), measured[-1])
+    return next((layout for layout in measured if layout.fits(free)), None)
 
 
 def activation_bytes(operator: Operator, num_vectors: int) -> int | None:

@@ -26,7 +26,14 @@ from hessdensity.vectors import trees
 
 from .failures import explained, terminable, undisturbed
 from .memory import free_memory
-from .plan import Settings, plan_from_sizes
+from .plan import (
+    LayoutsOf,
+    MemoryLayout,
+    Settings,
+    activation_bytes,
+    first_that_fits,
+    plan_from_sizes,
+)
 from .progress import count, make_bar
 from .steps import SavedSteps, versions
 
@@ -200,8 +207,25 @@ class Run:
             "%s: %s. The result is that of the products done so far.", self.computation, reason
         )
 
-    def _plan(self) -> str:
-        return str(plan_from_sizes(self.operator, self._settings.everywhere(), self.free))
+    def choose(self, layouts_of: LayoutsOf) -> MemoryLayout:
+        """The first of some layouts that fits.
+
+        Raises:
+          MemoryError: none fits. The message shows the plan.
+        """
+        count = self._settings.num_vectors
+        layout = first_that_fits(self.operator, layouts_of, count, self.free)
+        if layout is None:
+            activations = activation_bytes(self.operator, count)
+            raise MemoryError(
+                "the settings allow no way to keep the vectors that fits into the free memory.\n\n"
+                f"{self._plan(activations)}"
+            )
+        return layout
+
+    def _plan(self, activations: int | None = None) -> str:
+        every = self._settings.everywhere()
+        return str(plan_from_sizes(self.operator, every, self.free, activations))
 
     def describe(self, **more: Any) -> dict[str, Any]:
         """The ``description`` of the result, in the same format for all computations."""

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+_NORMAL = 1.96  # standard deviations that hold 95 % of a normal variable
+
+# Relative variance over the spectrum below which a mean of probes is close to normal.
+_ALMOST_CONSTANT = 1e-6
+
 
 def share_interval(
     low: np.ndarray, high: np.ndarray, freedom: float
@@ -59,7 +64,8 @@ def positive_interval(
     same mean K F and the same mean square K^2 F. The bounds are K times those on F. They are exact
     for a function that is zero at all eigenvalues but one. The weight of that eigenvalue is a
     chi-square variable with k degrees of freedom. With two probes it is uncertain by a factor of
-    four downwards and of forty upwards, which two standard errors to either side would hide.
+    four downwards and of forty upwards, which two standard errors to either side would hide. A
+    function that is almost constant has the interval of a normal variable.
 
     Args:
       mean: the mean that the probes saw.
@@ -75,4 +81,7 @@ def positive_interval(
     share = 1 / (1 + variance)
     lower, upper = share_interval(share, share, freedom)
     height = mean / share
-    return height * lower, height * np.where(seen, np.maximum(upper, 1 / dimension), 0)
+    normal = variance < _ALMOST_CONSTANT
+    lower = np.where(normal, mean - _NORMAL * error, height * lower)
+    upper = np.where(normal, mean + _NORMAL * error, height * np.maximum(upper, 1 / dimension))
+    return np.where(seen, lower, 0), np.where(seen, upper, 0)

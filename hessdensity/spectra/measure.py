@@ -301,12 +301,13 @@ class SpectralMeasure:
         most = first(cdf.quadrature[0], largest.upper)
         probes = first(cdf.probes[1], last), first(cdf.probes[0], last)
         moved = [first(cdf.value + sign * cdf.coupling, last) - value for sign in (-1, 1)]
+        rounding = max(rule.rounding for rule in self.rules)
         return BoundedEstimate(
             value,
             (probes[1] - probes[0]) / 4,
-            min(lower, value),
-            max(upper, value),
-            (min(least, value), max(most, value)),
+            min(lower, value) - rounding,
+            max(upper, value) + rounding,
+            (min(least, value) - rounding, max(most, value) + rounding),
             max(map(abs, moved)),
             probes,
         )

@@ -121,6 +121,44 @@ class Rule:
         own = self.nodes[self.num_deflated :], self.weights[self.num_deflated :]
         return [own] if self.exact or not self.diagonal.size else [own, *self.family(ANGLES)]
 
+    def angles_through(self, points: np.ndarray) -> np.ndarray:
+        """The angle of the rule with a node at each point. No point is a node of the Gauss rule."""
+        alpha, beta = self.diagonal[-1], self.off_diagonal[-1]
+        values, last = self._last_components
+        # The determinant of T_{m+1} - x, expanded in its last row and column, is zero.
+        entry = points - beta**2 * np.sum(last**2 / (points[:, None] - values), axis=1)
+        return np.arctan((entry - alpha) / beta)
+
+    @cached_property
+    def _last_components(self) -> tuple[np.ndarray, np.ndarray]:
+        """The eigenvalues of T, and the last components of its eigenvectors."""
+        values, vectors = _eigh(self.diagonal, self.off_diagonal[:-1], "stev")
+        return values, vectors[-1]
+
+    @cached_property
+    def gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """(left, right): the gaps between nodes, with one as wide beside each outermost node.
+
+        Gaps that rounding could have made are left out.
+        """
+        values, _ = self._last_components
+        widths = np.diff(values) if values.size > 1 else np.abs(values) + self.off_diagonal[-1:]
+        edges = np.concatenate([values[:1] - widths[:1], values, values[-1:] + widths[-1:]])
+        wide = np.diff(edges) > 4 * self.rounding
+        return edges[:-1][wide], edges[1:][wide]
+
+    @cached_property
+    def crossing(self) -> tuple[np.ndarray, Members]:
+        """Points in every gap between nodes, two in each, and the rules with a node there.
+
+        Where the probe knows the spectrum well, a node stays in its place at almost every angle,
+        and crosses a gap within a tiny range of angles. So evenly spread angles do not show what a
+        function with a jump in this gap may do.
+        """
+        left, right = self.gaps
+        points = np.concatenate([left + share * (right - left) for share in (0.25, 0.75)])
+        return points, self.family(self.angles_through(points))
+
     @property
     def exact(self) -> bool:
         """Whether the rule has no error of quadrature."""

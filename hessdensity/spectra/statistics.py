@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .deflation import isolated
 from .estimate import BoundedEstimate
 from .intervals import positive_interval
-from .quadrature import ANGLES, Rule
+from .quadrature import Members, Rule
 from .shares import Range, Shares, uncertainty
 
 Values = Callable[[np.ndarray], np.ndarray]
@@ -20,7 +21,7 @@ Values = Callable[[np.ndarray], np.ndarray]
 _SPREADS = 1.5
 
 
-_CLOSER = 4  # times that the angles around an extreme are refined
+_CLOSER = 4  # times that the points around an extreme are refined
 
 
 class Variation(NamedTuple):
@@ -59,7 +60,7 @@ class RuleStatistics(Shares):
             None. Where they are not NaN, they replace the spread of the family.
         """
         mean, error = self._seen(values, certain)
-        bounds = self._interval_of_positive(mean.value, error)
+        bounds = self._interval_of_positive(values, mean.value, error)
         # The law of the probes is one of ratios, so that it also holds at the ends of quadrature.
         ratios = [
             np.divide(end, mean.value, out=np.ones_like(end), where=mean.value > 0)
@@ -114,16 +115,18 @@ class RuleStatistics(Shares):
         """95 % bounds for the probes alone on the mean of a function that is never negative."""
         mean, error = self._seen(values, exact=True)
         sure = self._deflated(values).value
-        low, high = self._interval_of_positive(mean.value, error)
+        low, high = self._interval_of_positive(values, mean.value, error)
         return sure + self._part * low, sure + self._part * high
 
     def _interval_of_positive(
-        self, mean: np.ndarray, error: np.ndarray
+        self, values: Values, mean: np.ndarray, error: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """95 % bounds on the mean of a function over the probes' parts, if it is never negative."""
         if not np.isfinite(self._freedom):
             return mean, mean
-        return positive_interval(mean, error, self._freedom, self._dimension)
+        missed = [self._missed_spread(i, values, mean) for i in range(len(self._rules))]
+        cautious = np.hypot(error, self._error_of_spreads(missed))
+        return positive_interval(mean, cautious, self._freedom, self._dimension)
 
     def _median(self, values: Values) -> float:
         """The median of a function over what the probes have seen."""
@@ -170,31 +173,63 @@ class RuleStatistics(Shares):
             np.mean([(weights * (f - mean.value) ** 2).sum(0) for f, weights in each], axis=0)
             for each in means
         ]
-        return mean, np.sqrt(2 * self._weighted(spreads) / max(self._freedom - 2, 1))
+        return mean, self._error_of_spreads(spreads)
+
+    def _error_of_spreads(self, spreads: list[np.ndarray]) -> np.ndarray:
+        """The standard error of a mean over the probes, from the variance within each part."""
+        return np.sqrt(2 * self._weighted(spreads) / max(self._freedom - 2, 1))
+
+    def _missed_spread(self, index: int, values: Values, mean: np.ndarray) -> np.ndarray:
+        """What a probe has missed of the variance of some functions, for certain.
+
+        An isolated node is an eigenvalue, whose true weight is at least 1/N. A probe that happens
+        to see less of it would take its own noise for smaller than it is.
+        """
+        rule = self._rules[index]
+        alone = isolated(rule)[rule.num_deflated :]
+        if not alone.any():
+            return np.zeros_like(mean)
+        nodes, weights = self.members[index][0]
+        missed = np.where(alone, np.maximum(1 / self._dimension - weights, 0), 0)
+        return np.asarray(missed @ (values(nodes) - mean) ** 2)
 
     def _extremes_of_family(
         self, index: int, values: Values, means: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The smallest and the largest mean of one function, (1,) each, over all angles."""
+        """The smallest and the largest mean of one function, (1,) each, over the whole family."""
         rule = self._rules[index]
         ends = [means.min(), means.max()]
-        if not rule.diagonal.size:
-            return np.array(ends[:1]), np.array(ends[1:])
-        for which, sign in enumerate((-1, 1)):
-            # Look closer and closer around the best of the evenly spread angles.
-            center = ANGLES[np.argmax(sign * means[1:])]
-            reach = ANGLES[1] - ANGLES[0]
-            for _ in range(_CLOSER):
-                angles = center + reach * np.linspace(-1, 1, 13)
-                found = [
-                    float(weights @ values(nodes)[:, 0]) / rule.share
-                    for nodes, weights in rule.family(angles)
-                ]
-                best = int(np.argmax(sign * np.array(found)))
-                ends[which] = sign * max(sign * ends[which], sign * found[best])
-                center = angles[best]
-                reach /= 6
+        if rule.diagonal.size:
+            points, members = rule.crossing
+            means = self._means(rule, values, members)
+            ends = [
+                -max(-ends[0], self._largest(rule, lambda x: -values(x), points, -means)),
+                max(ends[1], self._largest(rule, values, points, means)),
+            ]
         return np.array(ends[:1]), np.array(ends[1:])
+
+    def _largest(self, rule: Rule, values: Values, points: np.ndarray, means: np.ndarray) -> float:
+        """The largest mean of one function over the rules with a node in the best gap."""
+        best = int(np.argmax(means))
+        found, center = float(means[best]), points[best]
+        left, right = rule.gaps
+        gap = int(np.argmin(np.maximum(left - center, center - right)))
+        reach = (right[gap] - left[gap]) / 4
+        # Look closer and closer around the best.
+        for _ in range(_CLOSER):
+            near = center + reach * np.linspace(-1, 1, 10)
+            near = near[(near > left[gap]) & (near < right[gap])]
+            means = self._means(rule, values, rule.family(rule.angles_through(near)))
+            center = near[np.argmax(means)]
+            found = max(found, float(means.max()))
+            reach /= 4
+        return found
+
+    @staticmethod
+    def _means(rule: Rule, values: Values, members: Members) -> np.ndarray:
+        """The mean of one function by each of some rules of a family."""
+        means = [float(weights @ values(nodes)[:, 0]) for nodes, weights in members]
+        return np.array(means) / rule.share
 
     def _rounding(self, index: int, values: Values, here: np.ndarray) -> np.ndarray:
         """How far rounding of the products may move the means that a probe sees.
@@ -246,7 +281,12 @@ class RuleStatistics(Shares):
 
 
 def _exact_moments(rule: Rule) -> float:
-    """Moments below this degree are exact: twice the number of steps of the probe."""
+    """Moments below this degree are exact: twice the number of steps of the probe.
+
+    In a block, a part of the third product of a probe is already outside of the space.
+    """
     if rule.exact or rule.num_deflated == rule.nodes.size:
         return np.inf
+    if rule.coupling_rank > 1:
+        return 4
     return 2 * (rule.diagonal.size or rule.nodes.size - rule.num_deflated)

@@ -82,17 +82,23 @@ def select(tree: Any, where: Where) -> Selection:
 def as_vector(selected: PyTree) -> Vector:
     """Selected parameters as arrays that can be differentiated by, float32 at least.
 
+    Descriptions of arrays (``jax.ShapeDtypeStruct``) stay descriptions.
+
     Raises:
       TypeError: a leaf is not real floating-point.
     """
     return jax.tree.map(_differentiable, trees.named(selected), selected)
 
 
-def _differentiable(name: str, leaf: Any) -> jax.Array:
-    array = jnp.asarray(leaf)
+def _differentiable(name: str, leaf: Any) -> jax.Array | jax.ShapeDtypeStruct:
+    array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"params leaf {name!r} is {array.dtype}; a derivative needs real floating-point "
             f"leaves. Hold it fixed: where=lambda path: path != {name!r}."
         )
-    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
+    if array.dtype.itemsize >= 4:
+        return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return array.update(dtype=jnp.dtype("float32"))
+    return array.astype(jnp.float32)

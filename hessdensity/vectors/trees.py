@@ -295,6 +295,11 @@ def unravel(rows: np.ndarray, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), shaped)
 
 
+def is_abstract(tree: PyTree) -> bool:
+    """Whether a leaf is a description of an array (``jax.ShapeDtypeStruct``) and has no numbers."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
 def auto_axes(tree: PyTree) -> PyTree:
     """The same arrays on Auto mesh axes of the same devices.
 
@@ -311,7 +316,10 @@ def auto_axes(tree: PyTree) -> PyTree:
             return leaf
         names = sharding.mesh.axis_names
         mesh = Mesh(sharding.mesh.devices, names, axis_types=(AxisType.Auto,) * len(names))
-        return jax.device_put(leaf, NamedSharding(mesh, sharding.spec))
+        auto = NamedSharding(mesh, sharding.spec)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(sharding=auto)
+        return jax.device_put(leaf, auto)
 
     return jax.tree.map(rewrap, tree)
 

@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 
 import hessdensity as hd
-from hessdensity.estimators import top_eigenspace as module
+from hessdensity.runs import run as run_module
 from hessdensity.runs.memory import Free
 
 N = 200
@@ -224,13 +224,10 @@ def test_the_basis_is_the_largest_that_fits_and_a_resumed_run_keeps_it(key, tmp_
     assert [layout.device_bytes for layout in plan.layouts] == [
         (5 + size * 3 // 2 + 16) * vector for size in sizes
     ]
-    choose = module.first_that_fits
 
     def with_memory(vectors):
-        def chosen(operator, layouts, num_vectors, free):
-            return choose(operator, layouts, num_vectors, Free(vectors * vector, 10**12))
-
-        monkeypatch.setattr(module, "first_that_fits", chosen)
+        free = Free(vectors * vector, 10**12)
+        monkeypatch.setattr(run_module, "free_memory", lambda like: free)
 
     for size in sizes:
         with_memory(5 + size * 3 // 2 + 16)
