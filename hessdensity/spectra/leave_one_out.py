@@ -191,8 +191,11 @@ def multiple_eigenspaces(block: BlockKrylov) -> list[np.ndarray]:
     for a, b in zip(first, np.append(first[1:], values.size), strict=True):
         below = values[a] - values[a - 1] if a else np.inf
         above = values[b] - values[b - 1] if b < values.size else np.inf
-        # Further copies that are on their way do not hide those that have converged.
-        converged = residuals[a:b] <= _CONVERGED * min(below, above)
+        # Further copies that are on their way do not hide those that have converged. The value of
+        # a pair is off by the square of its residual divided by the distance to the others.
+        apart_by = min(below, above)
+        converged = residuals[a:b] <= _CONVERGED * apart_by
+        converged &= residuals[a:b] ** 2 <= block.rounding_error * apart_by
         if converged.sum() > 1:
             found.append(vectors[:, a:b][:, converged])
     return found

@@ -22,6 +22,8 @@ import numpy as np
 Members: TypeAlias = "list[tuple[np.ndarray, np.ndarray]]"
 """(nodes, weights) of several rules, each with ascending nodes."""
 
+_LAST_BITS = 1e-12  # relative distance of nodes between which nothing can be told apart
+
 ANGLES = np.pi * ((np.arange(16) + 0.5) / 16 - 0.5)
 """The angles of a family. 8 give the same mean, and certain bounds that are a little wider."""
 
@@ -144,19 +146,19 @@ class Rule:
         values, _ = self._last_components
         widths = np.diff(values) if values.size > 1 else np.abs(values) + self.off_diagonal[-1:]
         edges = np.concatenate([values[:1] - widths[:1], values, values[-1:] + widths[-1:]])
-        wide = np.diff(edges) > 4 * self.rounding
+        wide = np.diff(edges) > _LAST_BITS * np.abs(edges).max()
         return edges[:-1][wide], edges[1:][wide]
 
     @cached_property
     def crossing(self) -> tuple[np.ndarray, Members]:
-        """Points in every gap between nodes, two in each, and the rules with a node there.
+        """Points in every gap between nodes, three in each, and the rules with a node there.
 
         Where the probe knows the spectrum well, a node stays in its place at almost every angle,
         and crosses a gap within a tiny range of angles. So evenly spread angles do not show what a
         function with a jump in this gap may do.
         """
         left, right = self.gaps
-        points = np.concatenate([left + share * (right - left) for share in (0.25, 0.75)])
+        points = np.concatenate([left + share * (right - left) for share in (0.1, 0.5, 0.9)])
         return points, self.family(self.angles_through(points))
 
     @property

@@ -214,7 +214,7 @@ class RuleStatistics(Shares):
         found, center = float(means[best]), points[best]
         left, right = rule.gaps
         gap = int(np.argmin(np.maximum(left - center, center - right)))
-        reach = (right[gap] - left[gap]) / 4
+        reach = 0.4 * (right[gap] - left[gap])
         # Look closer and closer around the best.
         for _ in range(_CLOSER):
             near = center + reach * np.linspace(-1, 1, 10)

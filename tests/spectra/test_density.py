@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 import hessdensity as hd
+from hessdensity.spectra.deflation import ends_of_the_spectrum
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
 
 
@@ -439,3 +440,34 @@ def test_a_density_of_the_first_version_of_the_format_is_read(tmp_path, rng):
     np.testing.assert_array_equal(old.nodes, density.nodes)
     assert type(old) is hd.SpectralDensity
     assert old.rules[0].coupling == 0
+
+
+def test_the_interval_of_an_almost_constant_function_covers_in_95_percent(rng):
+    # Its relative error is 1e-9, which a law of shares near 1 would round to nothing.
+    values = rng.standard_normal(150)
+
+    def almost_constant(nodes):
+        return 1 + 1e-8 * nodes
+
+    found = [sphere_rules(values, 2, rng).expectation(almost_constant) for _ in range(400)]
+    truth = almost_constant(values).mean()
+    assert np.mean([each.lower <= truth <= each.upper for each in found]) >= 0.93
+    width = np.median([each.upper - each.lower for each in found])
+    assert width < 6 * np.std([each.value for each in found])
+
+
+@pytest.mark.parametrize("num_runs", [1, 2, 5])
+def test_the_ends_of_the_spectrum_lie_in_their_enclosure_in_95_percent(num_runs, rng):
+    # Eigenvalues so close together that no run reaches the end.
+    values = np.sort(np.repeat([-1.0, 0.3, 2.0], 60) + 1e-2 * rng.standard_normal(180))
+    held = []
+    for _ in range(150):
+        runs = []
+        for _ in range(num_runs):
+            squares = rng.standard_normal(values.size) ** 2
+            recurrence = spectra.lanczos(values, squares / squares.sum(), 10)
+            runs.append(Tridiagonal(*recurrence)._replace(rounding_error=1e-13))
+        low, high = ends_of_the_spectrum(runs, values.size)
+        held += [low <= values[0], values[-1] <= high]
+    assert np.mean(held) >= 0.92
+    assert high - low < 1.1 * np.ptp(values)

@@ -15,6 +15,7 @@ from hessdensity.spectra.quadrature import (
     largest_point_mass,
     radau_rules,
 )
+from hessdensity.spectra.statistics import RuleStatistics
 
 
 def measure(name):
@@ -130,12 +131,10 @@ def test_two_members_interlace_and_every_point_is_a_node_of_one(name):
         assert (other[:-1] < one[1:]).all()
     assert (nodes[:, :-1] < gauss).all()
     assert (gauss < nodes[:, 1:]).all()
-    # alpha - x = beta^2 e^T (T - x)^-1 e makes x a node.
-    matrix = np.diag(diagonal) + np.diag(off_diagonal[:-1], 1) + np.diag(off_diagonal[:-1], -1)
+    rule = gauss_rule(Tridiagonal(diagonal, off_diagonal))
     for x in np.linspace(values[0], values[-1], 7) + 1e-3:
-        last = x + off_diagonal[-1] ** 2 * np.linalg.inv(matrix - x * np.eye(6))[-1, -1]
-        angle = np.arctan((last - diagonal[-1]) / off_diagonal[-1])
-        found, weights = radau_rules(diagonal, off_diagonal, np.array([angle]))
+        angle = rule.angles_through(np.array([x]))
+        found, weights = radau_rules(diagonal, off_diagonal, angle)
         position = np.abs(found[0] - x).argmin()
         assert found[0, position] == pytest.approx(x, abs=1e-9)
         # Its weight is the most that a measure with these moments can have at x.
@@ -183,3 +182,24 @@ def test_rules_of_any_scale_have_the_same_weights(scale):
     for one, other in zip(plain.members, scaled.members, strict=True):
         np.testing.assert_allclose(other[0] / scale, one[0], rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(other[1], one[1], rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", spectra.ORDINARY)
+@pytest.mark.parametrize("num_steps", [4, 9])
+def test_the_family_bounds_the_mean_of_an_indicator_as_well_as_is_possible(name, num_steps):
+    """For an indicator, the extremes over all rules are the Chebyshev-Markov-Stieltjes bounds."""
+    values, masses = measure(name)
+    rule = gauss_rule(Tridiagonal(*spectra.lanczos(values, masses, num_steps)))
+    statistics = RuleStatistics((rule,), values.size, random=False)
+    for jump in np.linspace(values[0], values[-1], 9)[1:-1] + 1e-3:
+
+        def above(nodes, jump=jump):
+            return (nodes > jump)[:, None].astype(float)
+
+        ((nodes, weights),) = rule.family(rule.angles_through(np.array([jump])))
+        position = np.abs(nodes - jump).argmin()
+        least, most = weights[position + 1 :].sum(), weights[position:].sum()
+        evenly = statistics._means(rule, above, rule.members)
+        found = statistics._extremes_of_family(0, above, evenly)
+        assert found[0] == pytest.approx(least, abs=0.01)
+        assert found[1] == pytest.approx(most, abs=0.01)
