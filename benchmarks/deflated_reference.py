@@ -21,8 +21,9 @@ from benchmarks.mnist_reference import Exact, draw, problem
 
 KEYS = 20
 SETTINGS = {
-    "the default, 90 then 45 x 2": {},
-    "80 then 40 x 1": {"deflation_steps": 80, "num_steps": 40, "num_probes": 1},
+    "the default, a block of 36 x 5": {},
+    "deflation, 90 then 45 x 2": {"deflation_steps": 90},
+    "deflation, 80 then 40 x 1": {"deflation_steps": 80, "num_steps": 40, "num_probes": 1},
 }
 
 

@@ -45,6 +45,9 @@ from benchmarks.models.imagenet import open_source
 from benchmarks.models.imagenet_networks import NETWORKS, Network
 from hessdensity import distributed
 
+# The settings of `hd.spectral_density` that are options here.
+STEPS = ("num_steps", "block_size", "num_probes", "deflation_steps")
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -159,9 +162,7 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
         density = hd.spectral_density(
             hessian,
             jax.random.key(settings["seed"]),
-            num_steps=settings["num_steps"],
-            num_probes=settings["num_probes"],
-            deflation_steps=settings["deflation_steps"],
+            **{name: settings[name] for name in STEPS},
             progress=progress,
             **optional,
         )
@@ -169,9 +170,10 @@ def measure(settings: dict[str, Any], say: Any) -> tuple[dict[str, Any], hd.Spec
     top = density.outliers[: settings["rank"]]
     smallest = density.extremes().smallest
     trace = density.trace()
-    given = ("model", "batch_size", "num_steps", "num_probes", "deflation_steps")
     result = {
-        **{name: settings[name] for name in given},
+        "model": settings["model"],
+        "batch_size": settings["batch_size"],
+        **{name: density.description[name] for name in STEPS},
         "trained": bool(settings["weights"]),
         "precision": settings["precision"],
         "num_params": density.dimension,
@@ -255,14 +257,12 @@ def write(result: dict[str, Any], density: hd.SpectralDensity, out: str | None) 
     "--batch-size", type=click.IntRange(min=1), default=50, help="Images a batch, over all devices."
 )
 @click.option(
-    "--num-steps", type=click.IntRange(min=1), default=45, help="Lanczos steps of a probe."
+    "--num-steps", type=click.IntRange(min=1), help="Lanczos steps, and passes of a block."
 )
-@click.option("--num-probes", type=click.IntRange(min=1), default=2, help="Random starts.")
+@click.option("--block-size", type=click.IntRange(min=2), help="Starts of a block, 5 by default.")
+@click.option("--num-probes", type=click.IntRange(min=1), help="Random starts without a block.")
 @click.option(
-    "--deflation-steps",
-    type=click.IntRange(min=0),
-    default=90,
-    help="Lanczos steps without probe noise.",
+    "--deflation-steps", type=click.IntRange(min=0), help="Steps before probes without a block."
 )
 @click.option(
     "--precision",

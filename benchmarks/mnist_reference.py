@@ -51,8 +51,8 @@ POOL = 144  # independent probes; every cell of the tables deals them out to dis
 RUNS = 12  # of their settings
 
 
-def problem() -> tuple[hd.Hessian, np.ndarray]:
-    """The Hessian and its exact eigenvalues."""
+def network() -> tuple[Any, Any, tuple[np.ndarray, np.ndarray]]:
+    """loss(params, batch) of the trained network, its params, and its only batch."""
     reference = np.load(folder("reference") / "mnist_mlp_784_20_10.npz")
     params = {
         "Dense_0": {"kernel": jnp.asarray(reference["W1"]), "bias": jnp.asarray(reference["b1"])},
@@ -67,7 +67,14 @@ def problem() -> tuple[hd.Hessian, np.ndarray]:
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     inputs = ((images / 255 - 0.1307) / 0.3081).astype(np.float32)
-    return hd.Hessian(loss, params, [(inputs, labels)]), reference["eigenvalues"]
+    return loss, params, (inputs, labels)
+
+
+def problem() -> tuple[hd.Hessian, np.ndarray]:
+    """The Hessian and its exact eigenvalues."""
+    loss, params, batch = network()
+    eigenvalues = np.load(folder("reference") / "mnist_mlp_784_20_10.npz")["eigenvalues"]
+    return hd.Hessian(loss, params, [batch]), eigenvalues
 
 
 class Exact:

@@ -6,17 +6,30 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hessdensity.errors import needs_extra
-from hessdensity.estimators.density_settings import DensitySettings
 
 try:
     with needs_extra("cli", "the command line"):
         import click
 except ModuleNotFoundError as missing:
     raise SystemExit(str(missing)) from None
+
+
+def _steps(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that set the numbers of products of a density."""
+    options = {
+        "--num-steps": (1, "Lanczos steps, which set the resolution. 36, or 45 for probes."),
+        "--block-size": (2, "Starts of a block, in which each is deflated by the others. 5."),
+        "--num-probes": (1, "Random starts behind a deflation run, instead of a block. 2."),
+        "--deflation-steps": (0, "Lanczos steps of a deflation run, instead of a block. 90."),
+    }
+    for name, (least, help_text) in reversed(options.items()):
+        command = click.option(name, type=click.IntRange(min=least), help=help_text)(command)
+    return command
 
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -32,26 +45,9 @@ def main() -> None:
     type=click.Path(dir_okay=False),
     help="File to which the figure is saved.",
 )
-@click.option(
-    "--num-steps",
-    default=60,
-    type=click.IntRange(min=1),
-    help="Lanczos steps for each probe. They set the resolution.",
-)
-@click.option(
-    "--num-probes",
-    default=4,
-    type=click.IntRange(min=1),
-    help="Random starting vectors. They set the precision.",
-)
-@click.option(
-    "--deflation-steps",
-    default=60,
-    type=click.IntRange(min=0),
-    help="Lanczos steps for deflation. The outliers they find have no probe noise.",
-)
+@_steps
 @click.option("--seed", default=0, help="Seed of the probes.")
-def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed: int) -> None:
+def demo(plot: str, seed: int, **steps: int | None) -> None:
     """Estimate the density of a small network's Hessian, and compare it with the exact one.
 
     The network is trained on handwritten digits.
@@ -73,9 +69,7 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
     key = jax.random.key(seed)
-    density = hd.spectral_density(
-        hessian, key, num_steps=num_steps, num_probes=num_probes, deflation_steps=deflation_steps
-    )
+    density = hd.spectral_density(hessian, key, **_agreeing(steps))
     click.echo(
         f"\n{density}\n\nComputing the dense Hessian for comparison, {density.dimension:,} "
         "products ..."
@@ -88,24 +82,7 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
 
 @main.command()
 @click.argument("problem")
-@click.option(
-    "--num-steps",
-    default=DensitySettings.num_steps,
-    type=click.IntRange(min=1),
-    help="Lanczos steps for each probe. They set the resolution.",
-)
-@click.option(
-    "--num-probes",
-    default=DensitySettings.num_probes,
-    type=click.IntRange(min=1),
-    help="Random starting vectors. They set the precision.",
-)
-@click.option(
-    "--deflation-steps",
-    default=DensitySettings.deflation_steps,
-    type=click.IntRange(min=0),
-    help="Lanczos steps for deflation. The outliers they find have no probe noise.",
-)
+@_steps
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -131,9 +108,6 @@ def demo(plot: str, num_steps: int, num_probes: int, deflation_steps: int, seed:
 @click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 def run(
     problem: str,
-    num_steps: int,
-    num_probes: int,
-    deflation_steps: int,
     tolerance: float | None,
     basis: str | None,
     checkpoint: str | None,
@@ -142,6 +116,7 @@ def run(
     plot: str | None,
     x_scale: str,
     progress: bool,
+    **steps: int | None,
 ) -> None:
     """Estimate the density of PROBLEM, given as package.module:function.
 
@@ -157,9 +132,7 @@ def run(
     density = hd.spectral_density(
         operator,
         jax.random.key(seed),
-        num_steps=num_steps,
-        num_probes=num_probes,
-        deflation_steps=deflation_steps,
+        **_agreeing(steps),
         tolerance=tolerance,
         basis=basis,
         checkpoint=checkpoint,
@@ -208,6 +181,16 @@ def _operator(problem: str) -> Any:
             "operator."
         )
     return made
+
+
+def _agreeing(steps: dict[str, int | None]) -> dict[str, Any]:
+    """The numbers of products, if they belong to one form of the computation."""
+    if steps["block_size"] and (steps["num_probes"] or steps["deflation_steps"] is not None):
+        raise click.UsageError(
+            "--block-size is another form of the computation than --num-probes and "
+            "--deflation-steps. Give either."
+        )
+    return steps
 
 
 def _check_targets(out: str | None, plot: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from hessdensity.spectra.quadrature import Rule
 from .density_settings import DensitySettings
 
 
-class DensityForm:
+class DensityForm(ABC):
     """A computation of a spectral density.
 
     Args:
@@ -34,6 +35,14 @@ class DensityForm:
         self._key = key
         self._settings = settings
         self._layout = layout
+
+    @abstractmethod
+    def compute(self) -> None:
+        """Do the products."""
+
+    @abstractmethod
+    def answer(self, keep_eigenspace: bool = False) -> SpectralDensity:
+        """The density from the products done so far."""
 
     def _advance(self, engine: Engine) -> None:
         for _ in self._run.drive(engine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from hessdensity.operators.protocol import check_count
 from hessdensity.runs.plan import MemoryLayout, Settings
@@ -12,16 +12,27 @@ from hessdensity.vectors.basis import CHUNK, STORAGES
 # Vectors of a probe beside the basis: the last two, a product, and the sum over the batches.
 WORKING = 4
 
+_DEFAULT = cast(int, None)  # not given: the default of the form, or None in the other form
+
+# The default and the least number of each form. Both cost 180 products, which
+# ``benchmarks/deflation.py`` has compared.
+_BLOCK = {"num_steps": (36, 1), "block_size": (5, 2)}
+_PROBES = {"num_steps": (45, 1), "num_probes": (2, 1), "deflation_steps": (90, 0)}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DensitySettings(Settings):
-    """The settings of `spectral_density`, which documents them."""
+    """The settings of `spectral_density`, which documents them.
+
+    They are those of a block, unless a setting is given that only a deflation run and probes have.
+    Settings of the other form stay None.
+    """
 
     computation: ClassVar[str] = "spectral_density"
 
-    num_steps: int = 45
-    num_probes: int = 2
-    deflation_steps: int = 90
+    num_steps: int = _DEFAULT
+    num_probes: int = _DEFAULT
+    deflation_steps: int = _DEFAULT
     tolerance: float | None = None
     max_matvecs: int | None = None
     basis: str | None = None
@@ -29,11 +40,13 @@ class DensitySettings(Settings):
     block_size: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("num_steps", self.num_steps)
-        check_count("num_probes", self.num_probes)
-        check_count("deflation_steps", self.deflation_steps, 0)
         if self.block_size is not None:
             self._check_block()
+        defaults = _PROBES if self._only_probes() or self.basis == "none" else _BLOCK
+        for name, (default, least) in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            check_count(name, getattr(self, name), least)
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(
                 f"tolerance={self.tolerance}, expected a W1 distance over the spectrum's range, "
@@ -54,15 +67,17 @@ class DensitySettings(Settings):
         if self.probes_at_once is not None:
             check_count("probes_at_once", self.probes_at_once)
 
+    def _only_probes(self) -> dict[str, int]:
+        """The given settings that a block does not have."""
+        names = ("num_probes", "deflation_steps", "probes_at_once")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def _check_block(self) -> None:
-        check_count("block_size", self.block_size, 2)
-        for name in ("num_probes", "deflation_steps", "probes_at_once"):
-            given = getattr(self, name)
-            if given != getattr(DensitySettings, name):
-                raise ValueError(
-                    f"{name}={given} and block_size={self.block_size}: each start of a block is a "
-                    f"probe, which the others deflate. Leave {name} out, or block_size."
-                )
+        for name, given in self._only_probes().items():
+            raise ValueError(
+                f"{name}={given} and block_size={self.block_size}: each start of a block is a "
+                f"probe, which the others deflate. Leave {name} out, or block_size."
+            )
         if self.basis == "none":
             raise ValueError(
                 f"basis='none' and block_size={self.block_size}: a block needs its basis. Give "
@@ -72,7 +87,20 @@ class DensitySettings(Settings):
     @property
     def num_vectors(self) -> int:
         """The number of vectors in a product."""
-        return self.block_size or self.num_probes
+        return self.block_size or self.num_probes or 1
+
+    def without_basis(self) -> DensitySettings:
+        """Probes without a basis, for the products of a block."""
+        assert self.block_size is not None
+        half = max(self.block_size * self.num_steps // 2, 1)
+        return DensitySettings(
+            num_probes=2,
+            num_steps=half - half // 2,
+            deflation_steps=half // 2 * 2,
+            tolerance=self.tolerance,
+            max_matvecs=self.max_matvecs,
+            basis="none",
+        )
 
     def everywhere(self) -> DensitySettings:
         """The same settings, with every place for the bases allowed."""
@@ -93,14 +121,13 @@ class DensitySettings(Settings):
         """The ways to keep the bases that these settings allow, in order of preference.
 
         The host comes before smaller groups of probes. With the host, each step moves the basis
-        once, which takes seconds where one more pass over the data takes minutes.
+        once, which takes seconds where one more pass over the data takes minutes. Where the basis
+        of a block fits nowhere, probes without a basis take its place.
         """
         if self.block_size is not None:
-            return [
-                each
-                for each in self._block_layouts(n, vector_bytes, activations)
-                if self.basis in (None, each.basis)
-            ]
+            found = self._block_layouts(n, vector_bytes, activations)
+            found += self.without_basis().layouts(n, vector_bytes, activations)
+            return [each for each in found if self.basis in (None, each.basis)]
         k = self.num_probes
         groups = sorted({-(-k // parts) for parts in range(1, k + 1)}, reverse=True)
         if self.probes_at_once is not None:

@@ -26,9 +26,10 @@ def plan(
 ) -> Plan:
     """Plan a computation with its settings: the memory, products, passes and time it will take.
 
-    For each weight, a float32 basis of a spectral density takes 4 (m0 + k m) bytes if all k probes
-    run together, in m0 + m passes over the data. If one probe runs after the other, it takes
-    4 (m0 + m) bytes, in m0 + k m passes. The basis is spread over the devices as the weights are.
+    For each weight, a float32 basis of a spectral density takes 4 b (m + 1) bytes for a block of b
+    starts and m steps, in m passes over the data. A deflation run of m0 steps and k probes take
+    4 (m0 + k m) bytes if the probes run together, in m0 + m passes, or 4 (m0 + m) bytes one after
+    the other, in m0 + k m passes. The basis is spread over the devices as the weights are.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`. If ``timed`` is
@@ -61,7 +62,7 @@ def plan(
       >>> operator = hd.Matrix.from_eigenvalues(np.ones(1000), jax.random.key(0))
       >>> plan = hd.plan(operator)
       >>> plan.vector_bytes, plan.chosen.basis, plan.chosen.num_matvecs, plan.chosen.num_passes
-      (4000, 'device', 180, 135)
+      (4000, 'device', 180, 36)
       >>> hd.plan(operator, computation="top_eigenspace", rank=10).chosen.num_matvecs
       1000
     """

@@ -216,7 +216,7 @@ class TrackSettings(Settings):
     @property
     def num_vectors(self) -> int:
         """The most vectors in a product."""
-        return max(self.block_size, self.num_probes)
+        return max(self.block_size, self.spectrum.num_vectors)
 
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
         """The layouts of the density, which runs after the eigenspace and beside its vectors."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -13,6 +14,7 @@ from hessdensity.runs.run import Run
 from hessdensity.spectra.density import SpectralDensity
 
 from .block_density import BlockDensityRun
+from .density_form import DensityForm
 from .density_run import DensityRun
 from .density_settings import DensitySettings
 
@@ -21,9 +23,9 @@ def spectral_density(
     operator: Operator,
     key: jax.Array,
     *,
-    num_steps: int = DensitySettings.num_steps,
-    num_probes: int = DensitySettings.num_probes,
-    deflation_steps: int = DensitySettings.deflation_steps,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
+    deflation_steps: int | None = None,
     tolerance: float | None = None,
     max_matvecs: int | None = None,
     basis: str | None = None,
@@ -40,20 +42,35 @@ def spectral_density(
     this measure is the density, because E[v v^T] = I/n (Lin, Saad and Yang 2016; Ghorbani, Krishnan
     and Xiao 2019).
 
-    Most of the error is the noise of the few eigenvalues that are far from the others. Krylov
-    deflation avoids it. A first run of deflation_steps keeps its basis, and its Ritz values enter
-    with weight 1/n each, without noise. The probes then see the rest of the space
-    (`hessdensity.spectra.deflation` has the theorem). All probes share the passes over the data.
+    Most of the error is the noise of the few eigenvalues that are far from the others. Deflation
+    avoids it: eigenvalues that are known enter with weight 1/n each, without noise, and a probe
+    sees the rest of the space. There are two forms.
+
+    - A block (the default). One block of block_size starts goes through the data num_steps times.
+      Every start is a probe, and the Krylov space of the others is deflated
+      (`hessdensity.spectra.leave_one_out` has the theorem).
+    - A deflation run and probes, if num_probes or deflation_steps is given. A first run of
+      deflation_steps keeps its basis, which the probes after it avoid
+      (`hessdensity.spectra.deflation` has the theorem).
+
+    Both make 180 products by default, the block in 36 passes over the data and the other form in
+    135. On six spectra and three networks (``benchmarks/deflation.py``,
+    ``benchmarks/density_forms.py``) the block is the more accurate form nearly everywhere, most of
+    all for the trace. Take the other form for a spectrum without outliers that needs a high
+    resolution (``deflation_steps=0``), for many probes, or where the data go through the model with
+    one vector at a time.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`.
       key: JAX random key. Probe i uses ``fold_in(key, i)``, whatever the number of devices and of
         other probes.
-      num_steps: Lanczos steps m of each probe. They determine the resolution: m nodes, exact for
-        moments up to 2m - 1. Clipped to the number of dimensions that deflation leaves.
-      num_probes: probes k. They determine the precision: error bars shrink as 1/sqrt(k n).
-      deflation_steps: Lanczos steps m0 of the deflation run, clipped to n, or 0 for no deflation.
-        The run counts as one more probe.
+      num_steps: Lanczos steps m of each probe, 36 by default in a block and 45 otherwise. They
+        determine the resolution: m nodes, exact for moments up to 2m - 1 without deflation. Clipped
+        to the number of dimensions that deflation leaves.
+      num_probes: probes k behind a deflation run, 2 by default. They determine the precision: error
+        bars shrink as 1/sqrt(k n).
+      deflation_steps: Lanczos steps m0 of the deflation run, 90 by default, clipped to n, or 0 for
+        no deflation. The run counts as one more probe.
       tolerance: largest acceptable error, which is the estimated W1 distance to the true spectrum,
         divided by the range of the nodes (`hessdensity.spectra.accuracy`). The run starts with
         num_steps and num_probes, and adds steps or probes, whichever reduce the larger error, until
@@ -66,24 +83,18 @@ def spectral_density(
       basis: where the Lanczos bases are kept. ``"device"``: on the devices, sharded as the
         parameters are. ``"host"``: in the memory of the host. Every step moves each chunk of 8
         vectors to the devices. The result is identical bit for bit. ``"none"``: nowhere. Only three
-        vectors of each probe are kept, and there is no deflation run: the probes share its steps,
-        and the eigenvalues that they find get weight 1/n (implicit deflation). But without
-        reorthogonalization, every eigenvalue is found again and again, in steps that find nothing
-        else (`hessdensity.spectra.deflation.merge_ghosts`). With a single probe, nothing shows that
-        an eigenvalue is simple, so that none gets weight 1/n. By default the first of these that
-        fits (`hessdensity.plan` prints the table).
-      probes_at_once: number of probes that go through the data together. Fewer than num_probes
-        need less memory and more passes. By default as many as fit.
-      block_size: number b of starts of a block that goes through the data num_steps times, instead
-        of a deflation run and probes. Every start is a probe, and the other starts deflate it
-        (`hessdensity.spectra.leave_one_out` has the theorem). Take it where a pass over the data
-        costs more than its vectors: ``block_size=5, num_steps=36`` makes 180 products in 36 passes,
-        and the default makes them in 135. The errors are similar (``benchmarks/deflation.py``):
-        smaller for the trace and with many outliers, larger where nothing is far from the bulk,
-        because fewer steps resolve less. ``basis="none"`` is not possible.
-      keep_eigenspace: return the deflated Ritz vectors as ``density.eigenspace``, in which the
-        converged pairs are marked. This costs no products, but the memory of m0 vectors for as long
-        as the density exists.
+        vectors of each probe are kept, and there is neither a block nor a deflation run: two probes
+        share the products, and the eigenvalues that both find get weight 1/n (implicit deflation).
+        But without reorthogonalization, every eigenvalue is found again and again, in steps that
+        find nothing else (`hessdensity.spectra.deflation.merge_ghosts`). With a single probe,
+        nothing shows that an eigenvalue is simple, so that none gets weight 1/n. By default the
+        first of these that fits (`hessdensity.plan` prints the table).
+      probes_at_once: number of probes behind a deflation run that go through the data together.
+        Fewer than num_probes need less memory and more passes. By default as many as fit.
+      block_size: number b of starts of the block, 5 by default.
+      keep_eigenspace: return the Ritz vectors of the block or of the deflation run as
+        ``density.eigenspace``, in which the converged pairs are marked. This costs no products, but
+        the memory of these vectors for as long as the density exists.
       checkpoint: a folder in which every step is saved. Its vectors and scalars take the space of
         the basis once. Calling again with the same arguments resumes the run, even in the middle of
         a probe and on another number of devices. This works after Ctrl-C, after SIGTERM (see
@@ -109,11 +120,9 @@ def spectral_density(
       NonFiniteProductError: a product is not finite. ``partial`` is the density from the steps
         before, if there are any.
 
-    The defaults, which cost 180 products, come from the benchmark ``benchmarks/deflation.py``.
-
-    Cost: m0 + k m products. They take m0 + m passes over the data if all probes share the passes. A
-    block takes b m products in m passes. Memory: m0 + k (m + 4) vectors, b (m + 5) for a block, or
-    5 k with basis="none".
+    Cost: b m products in m passes over the data for a block. For a deflation run and probes,
+    m0 + k m products, in m0 + m passes if all probes share the passes. Memory: b (m + 5) vectors
+    for a block, m0 + k (m + 4) for the other form, or 5 k with basis="none".
 
     Every error bar of the result holds three errors: of the probes, of quadrature, and of the
     coupling that deflation leaves out. See `SpectralDensity`.
@@ -131,9 +140,9 @@ def spectral_density(
     """
     check(operator, key)
     settings = DensitySettings(
-        num_steps,
-        num_probes,
-        deflation_steps,
+        cast(int, num_steps),
+        cast(int, num_probes),
+        cast(int, deflation_steps),
         tolerance,
         max_matvecs,
         basis,
@@ -144,7 +153,12 @@ def spectral_density(
     run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
     layout = _layout(run, settings, keep_eigenspace)
     run.total = layout.num_matvecs
-    form = DensityRun if block_size is None else BlockDensityRun
+    form: type[DensityForm] = DensityRun
+    if settings.block_size is not None:
+        if layout.basis == "none":
+            settings = settings.without_basis()
+        else:
+            form = BlockDensityRun
     density = form(run, key, settings, layout)
     return run.execute(density.compute, functools.partial(density.answer, keep_eigenspace))
 
@@ -183,7 +197,7 @@ def _layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> Memor
 
 
 def _check_kept(settings: DensitySettings, keep_eigenspace: bool) -> None:
-    if keep_eigenspace and not settings.deflation_steps and settings.block_size is None:
+    if keep_eigenspace and settings.deflation_steps == 0:
         raise ValueError(
             "keep_eigenspace=True needs deflation, but deflation_steps=0. Give deflation_steps of "
             "at least 1, or keep_eigenspace=False."

@@ -16,20 +16,20 @@ from hessdensity.losses.total import Loss, Total
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import Block, PyTree, Vector
 
-_GROUP = 4  # vectors in a program: they share the primal computation, but make it larger
+_GROUP = 5  # vectors in a program: they share the primal computation, but make it larger
 
 
-def group_size(like: Vector) -> int:
-    """The number of vectors that one program multiplies.
+def group_size(like: Vector, count: int) -> int:
+    """The number of vectors that one program multiplies, if there are ``count`` of them.
 
-    It is 1 if parameters are sharded, because they are sharded when memory is short. Several
-    vectors would share activations and gathered weights, which would have to be kept whole: 35.6 GB
-    instead of 8.8 GB on each device, for a transformer of 1e9 weights on 8 devices
-    (`benchmarks.sharding`).
+    The groups are as equal as possible, because every size is compiled anew. The number is 1 if
+    parameters are sharded, because they are sharded when memory is short. Several vectors would
+    share activations and gathered weights, which would have to be kept whole: 35.6 GB instead of
+    8.8 GB on each device, for a transformer of 1e9 weights on 8 devices (`benchmarks.sharding`).
     """
     leaves = jax.tree.leaves(like)
     sharded = any(leaf.sharding and not leaf.sharding.is_fully_replicated for leaf in leaves)
-    return 1 if sharded else _GROUP
+    return 1 if sharded else -(-count // -(-count // _GROUP))
 
 
 def _forward(loss: Loss, params: Vector, batch: PyTree, block: Block) -> tuple[Total, Block]:

@@ -164,7 +164,7 @@ class Hessian:
 
         Cost: one pass over the data with k vectors.
         """
-        groups = trees.split(block, group_size(self.like))
+        groups = trees.split(block, group_size(self.like, trees.count(block)))
 
         def forms(mode: str) -> tuple[list[Any], list[Count]]:
             return self.risk.fold(
@@ -233,7 +233,7 @@ class Hessian:
         # vectors do not fit. They must be uncommitted if the vectors will be, because the program
         # would be a different one otherwise.
         def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = min(num_vectors, group_size(self.like)), *leaf.shape
+            shape = group_size(self.like, num_vectors), *leaf.shape
             return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=trees.stacked_sharding(leaf, 1))
 
         block = jax.tree.map(describe, self.like)
@@ -246,7 +246,8 @@ class Hessian:
 
     def _multiply(self, block: Block, mode: str, num_parts: int) -> tuple[Block, list[Count]]:
         size = trees.count(block) // num_parts
-        groups = [trees.split(part, group_size(self.like)) for part in trees.split(block, size)]
+        group = group_size(self.like, size)
+        groups = [trees.split(part, group) for part in trees.split(block, size)]
         zeros = [[jax.tree.map(jnp.zeros_like, group) for group in part] for part in groups]
         totals, counts = self.risk.sum_parts(
             PRODUCTS[mode],

@@ -185,19 +185,19 @@ def multiple_eigenspaces(block: BlockKrylov) -> list[np.ndarray]:
     """Orthonormal bases of the multiple eigenvalues in the span of Z, (size, copies) each."""
     values, vectors = np.linalg.eigh(block.matrix)
     residuals = np.linalg.norm(block.outside @ vectors, axis=0)
-    apart = np.diff(values) > 16 * block.rounding_error + _SAME * (residuals[1:] + residuals[:-1])
+    same = 16 * block.rounding_error
+    apart = np.diff(values) > same + _SAME * (residuals[1:] + residuals[:-1])
     first = np.flatnonzero(np.insert(apart, 0, True))
     found = []
     for a, b in zip(first, np.append(first[1:], values.size), strict=True):
         below = values[a] - values[a - 1] if a else np.inf
         above = values[b] - values[b - 1] if b < values.size else np.inf
-        # Further copies that are on their way do not hide those that have converged. The value of
-        # a pair is off by the square of its residual divided by the distance to the others.
-        apart_by = min(below, above)
-        converged = residuals[a:b] <= _CONVERGED * apart_by
-        converged &= residuals[a:b] ** 2 <= block.rounding_error * apart_by
-        if converged.sum() > 1:
-            found.append(vectors[:, a:b][:, converged])
+        # Further copies that are on their way do not hide those that have converged.
+        least = residuals[a:b].min()
+        settled = residuals[a:b] <= min(_CONVERGED * min(below, above), max(same, 2 * least))
+        copies = values[a:b][settled]
+        if copies.size > 1 and np.ptp(copies) <= same + _SAME * least:
+            found.append(vectors[:, a:b][:, settled])
     return found
 
 

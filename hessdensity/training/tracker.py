@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -103,9 +103,9 @@ class Tracker:
         max_matvecs: int | None = None,
         num_classes: int | None = None,
         density: bool = TrackSettings.density,
-        num_steps: int = TrackSettings.num_steps,
-        num_probes: int = TrackSettings.num_probes,
-        deflation_steps: int = TrackSettings.deflation_steps,
+        num_steps: int | None = None,
+        num_probes: int | None = None,
+        deflation_steps: int | None = None,
         checkpoint: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -129,9 +129,9 @@ class Tracker:
             block_size,
             max_matvecs,
             density,
-            num_steps,
-            num_probes,
-            deflation_steps,
+            cast(int, num_steps),
+            cast(int, num_probes),
+            cast(int, deflation_steps),
         )
         self._points: list[TrackPoint] = []
         self._eigenspace: Eigenspace | None = None
