@@ -56,7 +56,11 @@ def share_interval(
 
 
 def positive_interval(
-    mean: np.ndarray, error: np.ndarray, freedom: float, dimension: float
+    mean: np.ndarray,
+    error: np.ndarray,
+    freedom: float,
+    dimension: float,
+    ends: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % bounds on the mean of a non-negative function over a spectrum.
 
@@ -72,16 +76,23 @@ def positive_interval(
       error: its standard error.
       freedom: k (N + 2).
       dimension: N. A share that is not empty is at least 1/N.
+      ends: the least and the most that the probes may have seen, or None for the mean itself.
+        Quadrature leaves it uncertain.
 
     Returns:
       (lower, upper), of the shape of ``mean``.
     """
+    low, high = (mean, mean) if ends is None else ends
     seen = mean > 0
     variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
-    share = 1 / (1 + variance)
-    lower, upper = share_interval(share, share, freedom)
-    height = mean / share
+    height = mean * (1 + variance)
+
+    def share(end: np.ndarray) -> np.ndarray:
+        found = np.divide(end, height, out=np.zeros_like(mean), where=seen & (height > 0))
+        return np.minimum(found, 1)
+
+    lower, upper = share_interval(share(low), share(high), freedom)
     normal = variance < _ALMOST_CONSTANT
-    lower = np.where(normal, mean - _NORMAL * error, height * lower)
-    upper = np.where(normal, mean + _NORMAL * error, height * np.maximum(upper, 1 / dimension))
-    return np.where(seen, lower, 0), np.where(seen, upper, 0)
+    lower = np.where(normal, low - _NORMAL * error, height * lower)
+    upper = np.where(normal, high + _NORMAL * error, height * np.maximum(upper, 1 / dimension))
+    return np.where(seen, np.clip(lower, 0, low), 0), np.where(seen, np.maximum(upper, high), high)

@@ -192,7 +192,7 @@ def multiple_eigenspaces(block: BlockKrylov) -> list[np.ndarray]:
     for a, b in zip(first, np.append(first[1:], values.size), strict=True):
         below = values[a] - values[a - 1] if a else np.inf
         above = values[b] - values[b - 1] if b < values.size else np.inf
-        # Further copies that are on their way do not hide those that have converged.
+        # Copies that rounding has brought later, and that are on their way, do not hide these.
         least = residuals[a:b].min()
         settled = residuals[a:b] <= min(_CONVERGED * min(below, above), max(same, 2 * least))
         copies = values[a:b][settled]

@@ -60,16 +60,11 @@ class RuleStatistics(Shares):
             None. Where they are not NaN, they replace the spread of the family.
         """
         mean, error = self._seen(values, certain)
+        least = np.maximum(mean.least, 0)
         bounds = self._interval_of_positive(values, mean.value, error)
-        # The law of the probes is one of ratios, so that it also holds at the ends of quadrature.
-        ratios = [
-            np.divide(end, mean.value, out=np.ones_like(end), where=mean.value > 0)
-            for end in bounds
-        ]
+        ends = self._interval_of_positive(values, mean.value, error, (least, mean.most))
         coupling = np.zeros_like(error) + self._coupling_error(variation)
         sure = self._deflated(values)
-        least = np.maximum(mean.least, 0)
-        ends = least * ratios[0], mean.most * ratios[1]
         return BoundedEstimate(
             sure.value + self._part * mean.value,
             self._part * error,
@@ -119,14 +114,25 @@ class RuleStatistics(Shares):
         return sure + self._part * low, sure + self._part * high
 
     def _interval_of_positive(
-        self, values: Values, mean: np.ndarray, error: np.ndarray
+        self,
+        values: Values,
+        mean: np.ndarray,
+        error: np.ndarray,
+        ends: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """95 % bounds on the mean of a function over the probes' parts, if it is never negative."""
+        low, high = (mean, mean) if ends is None else ends
         if not np.isfinite(self._freedom):
-            return mean, mean
-        missed = [self._missed_spread(i, values, mean) for i in range(len(self._rules))]
-        cautious = np.hypot(error, self._error_of_spreads(missed))
-        return positive_interval(mean, cautious, self._freedom, self._dimension)
+            return low, high
+        law = self._freedom, self._dimension
+        lower, upper = positive_interval(mean, error, *law, (low, high))
+        missed = [self._missed(i, values, mean) for i in range(len(self._rules))]
+        means, spreads = (list(part) for part in zip(*missed, strict=True))
+        more, least = self._weighted(means), self._error_of_spreads(spreads)
+        raised = positive_interval(
+            mean + more, np.hypot(error, least), *law, (low + more, high + more)
+        )
+        return lower, np.maximum(upper, raised[1])
 
     def _median(self, values: Values) -> float:
         """The median of a function over what the probes have seen."""
@@ -179,19 +185,22 @@ class RuleStatistics(Shares):
         """The standard error of a mean over the probes, from the variance within each part."""
         return np.sqrt(2 * self._weighted(spreads) / max(self._freedom - 2, 1))
 
-    def _missed_spread(self, index: int, values: Values, mean: np.ndarray) -> np.ndarray:
-        """What a probe has missed of the variance of some functions, for certain.
+    def _missed(
+        self, index: int, values: Values, mean: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a probe has missed of the means and of the variances of some functions, for certain.
 
         An isolated node is an eigenvalue, whose true weight is at least 1/N. A probe that happens
-        to see less of it would take its own noise for smaller than it is.
+        to see less of it takes the mean, and its own noise, for smaller than they are.
         """
         rule = self._rules[index]
         alone = isolated(rule)[rule.num_deflated :]
         if not alone.any():
-            return np.zeros_like(mean)
+            return np.zeros_like(mean), np.zeros_like(mean)
         nodes, weights = self.members[index][0]
         missed = np.where(alone, np.maximum(1 / self._dimension - weights, 0), 0)
-        return np.asarray(missed @ (values(nodes) - mean) ** 2)
+        found = values(nodes)
+        return missed @ found, missed @ (found - mean) ** 2
 
     def _extremes_of_family(
         self, index: int, values: Values, means: np.ndarray

@@ -111,7 +111,11 @@ def _spent(measure: SpectralMeasure) -> str:
     groups = spent.get("probes", [])
     for num_steps in sorted({num_steps for _, num_steps in groups}):
         count = sum(group[0] for group in groups if group[1] == num_steps)
-        parts.append(f"{plural(count, 'probe')} of {num_steps} steps")
+        parts.append(
+            f"{num_steps} passes of a block of {count}"
+            if about.get("block_size")
+            else f"{plural(count, 'probe')} of {num_steps} steps"
+        )
     seconds = f", {about['seconds']:.1f} s" if "seconds" in about else ""
     details = f": {', '.join(parts)}" if parts else ""
     return f"{plural(measure.num_matvecs, 'product')}{seconds}{details}"

@@ -320,7 +320,7 @@ def test_the_temporary_bytes_are_those_of_the_largest_piece_and_cost_no_compilat
     try:
         whole, cut = (hd.Hessian(loss, params, [batch], microbatch=size) for size in (None, 64))
         assert cut.temporary_bytes(2) < whole.temporary_bytes(2) / 4
-        assert whole.temporary_bytes(100) == whole.temporary_bytes(4)  # four vectors a program
+        assert whole.temporary_bytes(100) == whole.temporary_bytes(5)  # five vectors a program
         compiled.clear()
         whole @ random_block(jax.random.key(0), 0, 2, whole.like)
         cut @ random_block(jax.random.key(0), 0, 2, cut.like)
