@@ -1,16 +1,21 @@
-"""Do 120 and 180 products meet their targets on a trained network's own Hessian?
+"""How close is a density to a trained network's own spectrum, with 180 and with 120 products?
 
     python -m benchmarks.deflated_reference
 
 As benchmarks/deflation.py, not on a matrix with the network's spectrum but on its Hessian:
-784-20-10, 2,000 MNIST images, 15,910 eigenvalues known. Targets, means over 20 keys: W1/range <=
-6e-5 with 120 products, <= 5e-5 with 180 (plain quadrature needs 900 for 6.2e-5); trace within 3.5 %
-rms with 180.
+784-20-10, 2,000 MNIST images, 15,910 eigenvalues known. Plain quadrature needs 900 products for a
+W1/range of 7.3e-5.
 
-Answer (2026-11-21): 180 products, W1/range mean 3.52e-5, worst 6.1e-5, trace 2.14 % rms; 120
-products, 4.06e-5, 6.3e-5 and 2.62 %. The estimated error, 4.1e-5 and 5.3e-5 on average, was above
-the truth in 18 runs of 20 each; the trace's interval held it in 19. 40 to 45 eigenvalues were
-found."""
+Answer (2026-11-26), 20 keys:
+
+                                             W1/range, worst        L1   trace, rms  found
+    the default, a block of 36 x 5    180   2.35e-05  3.4e-05   0.0025        1.23%  53 to 57
+    deflation, 90 then 45 x 2         180   2.78e-05  5.6e-05   0.0036        2.13%  42 to 45
+    deflation, 80 then 40 x 1         120   3.48e-05  6.0e-05   0.0043        2.62%  40 to 43
+
+The estimated error, 3.6e-05, 3.7e-05 and 5.0e-05 on average, was above the truth in 19, 19 and 18
+runs. The trace's interval held it in 19 runs of each.
+"""
 
 import jax
 import numpy as np

@@ -27,7 +27,7 @@ from hessdensity.data.passes import BatchReport, Count, Passes, total_count
 from hessdensity.data.placement import BatchPlacement
 from hessdensity.vectors import trees
 from hessdensity.vectors.fingerprint import fingerprint
-from hessdensity.vectors.selection import Where, as_vector, select
+from hessdensity.vectors.selection import Where, as_vector, refuse_abstract, select
 from hessdensity.vectors.trees import PyTree, Vector
 
 from .kernels import (
@@ -355,11 +355,7 @@ class EmpiricalRisk:
         zero that its sum starts from.
         """
         kernel, *arrays = program
-        if trees.is_abstract(self._source[1]):
-            raise TypeError(
-                "params holds descriptions of arrays (jax.ShapeDtypeStruct), so that nothing can "
-                "be computed. Give arrays. A plan needs none: hd.plan(operator, timed=False)."
-            )
+        refuse_abstract(self._source[1])
 
         def recipe() -> tuple[str, Callable[[PyTree], float | None]]:
             # What is kept of it must hold neither vectors nor, in a circle, the parameters.

@@ -88,7 +88,8 @@ def positive_interval(
     height = mean * (1 + variance)
 
     def share(end: np.ndarray) -> np.ndarray:
-        found = np.divide(end, height, out=np.zeros_like(mean), where=seen & (height > 0))
+        with np.errstate(over="ignore"):  # far more than a tiny height is all of it
+            found = np.divide(end, height, out=np.zeros_like(mean), where=seen & (height > 0))
         return np.minimum(found, 1)
 
     lower, upper = share_interval(share(low), share(high), freedom)

@@ -174,9 +174,12 @@ def _as_deep_as_it_is(block: BlockKrylov, multiple: list[np.ndarray]) -> BlockKr
     """The block with the number of steps that its Krylov space really has.
 
     In exact arithmetic, b starts reach at most b copies of an eigenvalue. Rounding adds others,
-    which take the place of directions of the Krylov space.
+    which take the place of directions of the Krylov space. An exhausted space needs no limit,
+    because it has no further directions.
     """
     size, count = block.starts.shape
+    if np.linalg.norm(block.outside, axis=0).max() <= 16 * block.rounding_error:
+        return block
     added = sum(max(space.shape[1] - count, 0) for space in multiple)
     return block._replace(num_steps=max(min(block.num_steps, (size - added) // count), 2))
 

@@ -90,6 +90,15 @@ def as_vector(selected: PyTree) -> Vector:
     return jax.tree.map(_differentiable, trees.named(selected), selected)
 
 
+def refuse_abstract(params: PyTree) -> None:
+    """Raise TypeError if a leaf is a description of an array and has no numbers."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        raise TypeError(
+            "params holds descriptions of arrays (jax.ShapeDtypeStruct), so that nothing can be "
+            "computed. Give arrays. A plan needs none: hd.plan(operator, timed=False)."
+        )
+
+
 def _differentiable(name: str, leaf: Any) -> jax.Array | jax.ShapeDtypeStruct:
     array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -295,11 +295,6 @@ def unravel(rows: np.ndarray, like: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(like), shaped)
 
 
-def is_abstract(tree: PyTree) -> bool:
-    """Whether a leaf is a description of an array (``jax.ShapeDtypeStruct``) and has no numbers."""
-    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
-
-
 def auto_axes(tree: PyTree) -> PyTree:
     """The same arrays on Auto mesh axes of the same devices.
 

@@ -100,14 +100,38 @@ def test_the_trade_is_bytes_for_passes(key):
 
 def test_the_first_that_fits_is_chosen(key):
     operator = hd.Matrix.from_eigenvalues(jnp.linspace(0, 1, 1000), key)
-    found = []
-    for vectors in (1000, 190, 80, 30, 5):
-        plan = hd.plan(operator, device_bytes=4000 * vectors, host_bytes=10**9, timed=False)
-        found.append((plan.chosen.basis, plan.chosen.probes_at_once))
+
+    def chosen(vectors, host_bytes=10**9, **settings):
+        sizes = {"device_bytes": 4000 * vectors, "host_bytes": host_bytes}
+        plan = hd.plan(operator, **sizes, **settings, timed=False)
         assert plan.chosen.fits(plan.free)
+        return plan.chosen.basis, plan.chosen.probes_at_once
+
+    # A block, and probes without a basis in its place.
+    found = [chosen(vectors) for vectors in (1000, 190, 30, 5)]
+    assert found == [("device", 5), ("host", 5), ("none", 2), ("none", 1)]
+    # A deflation run and probes.
+    found = [chosen(vectors, num_probes=2) for vectors in (1000, 190, 80, 30, 5)]
     assert found == [("device", 2), ("host", 2), ("host", 2), ("host", 1), ("none", 1)]
-    plan = hd.plan(operator, device_bytes=4000 * 160, host_bytes=0, timed=False)
-    assert (plan.chosen.basis, plan.chosen.probes_at_once) == ("device", 1)
+    assert chosen(160, 0, num_probes=2) == ("device", 1)
+
+
+def test_a_block_that_fits_nowhere_is_replaced_by_probes_with_its_products(key, monkeypatch):
+    operator = hd.Matrix.from_eigenvalues(jnp.asarray(spectra.ALL["outliers"], jnp.float32), key)
+    monkeypatch.setattr(run_module, "free_memory", lambda like: Free(30 * 1200, 0))
+    density = hd.spectral_density(operator, key, block_size=4, num_steps=10, progress=False)
+    alone = hd.spectral_density(
+        operator,
+        key,
+        num_probes=2,
+        num_steps=10,
+        deflation_steps=20,
+        basis="none",
+        progress=False,
+    )
+    assert density.num_matvecs == 40
+    assert density.description["basis"] == "none"
+    np.testing.assert_array_equal(density.nodes, alone.nodes)
 
 
 def test_the_default_takes_what_fits(key, monkeypatch):
