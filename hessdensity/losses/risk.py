@@ -329,9 +329,8 @@ class EmpiricalRisk:
 
         Args:
           kernel: as for `sum`.
-          arguments: as for `sum`, or their shapes. These carry a sharding if, and only if, the
-            arguments of `sum` will be committed to devices.
-          zero: as for `sum`, or its shapes.
+          arguments: as for `sum`, or their shapes, which carry a sharding if, and only if, the
+            arguments of `sum` will be committed to devices; ``zero`` likewise.
         """
         piece = self.first_piece()
         with jax.default_matmul_precision(self.precision):
