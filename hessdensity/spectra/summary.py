@@ -109,11 +109,12 @@ def _spent(measure: SpectralMeasure) -> str:
     if spent.get("deflation"):
         parts.append(f"{spent['deflation']} steps of deflation")
     groups = spent.get("probes", [])
+    block = about.get("block_size") and about.get("basis") != "none"
     for num_steps in sorted({num_steps for _, num_steps in groups}):
         count = sum(group[0] for group in groups if group[1] == num_steps)
         parts.append(
             f"{num_steps} passes of a block of {count}"
-            if about.get("block_size")
+            if block
             else f"{plural(count, 'probe')} of {num_steps} steps"
         )
     seconds = f", {about['seconds']:.1f} s" if "seconds" in about else ""

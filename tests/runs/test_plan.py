@@ -131,6 +131,7 @@ def test_a_block_that_fits_nowhere_is_replaced_by_probes_with_its_products(key, 
     )
     assert density.num_matvecs == 40
     assert density.description["basis"] == "none"
+    assert "2 probes of 20 steps" in str(density)
     np.testing.assert_array_equal(density.nodes, alone.nodes)
 
 
