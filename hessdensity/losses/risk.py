@@ -329,8 +329,9 @@ class EmpiricalRisk:
 
         Args:
           kernel: as for `sum`.
-          arguments: as for `sum`, or their shapes, which carry a sharding if, and only if, the
-            arguments of `sum` will be committed to devices; ``zero`` likewise.
+          arguments: as for `sum`, or their shapes. These carry a sharding if, and only if, the
+            arguments of `sum` will be committed to devices.
+          zero: as for `sum`, or its shapes.
         """
         piece = self.first_piece()
         with jax.default_matmul_precision(self.precision):
@@ -350,8 +351,7 @@ class EmpiricalRisk:
     ) -> tuple[T, list[BatchReport]]:
         """One pass, compared with the first: the last total, and one report for each batch.
 
-        ``program`` is the kernel that computes the losses in the reports, its arguments, and the
-        zero that its sum starts from.
+        ``program``: the kernel of the losses in the reports, its arguments, the zero of its sum.
         """
         kernel, *arrays = program
         refuse_abstract(self._source[1])
