@@ -94,8 +94,9 @@ class SpectralMeasure:
         """The default smoothing: a standard deviation, in eigenvalue units.
 
         It is 1/500 of the range of the nodes, or half of the median distance between the nodes
-        that are no eigenvalues, if that is larger. Below it, most of the spectrum is not resolved:
-        only more steps make it finer.
+        that are no eigenvalues, if that is larger. Below that distance, most of the spectrum is not
+        resolved: only more steps make it finer. But it is at most 1/50 of the range, so that a few
+        nodes that hold most of the spectrum do not blur the rest of it.
         """
         return self.resolved_bandwidth()
 
@@ -113,7 +114,8 @@ class SpectralMeasure:
         low, high = (float(end) for end in coordinate.forward(np.array(self.extent)))
         scale = max(abs(low), abs(high))
         smallest = max((high - low) / 500, scale / 1e5)
-        return max(smallest, resolution(self.rules, coordinate) / 2) or 1.0
+        resolved = min(resolution(self.rules, coordinate) / 2, (high - low) / 50)
+        return max(smallest, resolved) or 1.0
 
     @property
     def extent(self) -> tuple[float, float]:

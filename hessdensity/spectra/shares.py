@@ -93,6 +93,10 @@ class Shares:
             probes,
         )
 
+    def exact(self, index: int) -> bool:
+        """Whether quadrature is exact for what a probe has seen."""
+        return self._rules[index].exact
+
     def seen_share(self, index: int, low: np.ndarray, high: np.ndarray) -> Range:
         """The share of one probe's part in [low, high], with certain bounds."""
         rule = self._rules[index]

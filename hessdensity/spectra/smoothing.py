@@ -83,10 +83,13 @@ def seen_density(
     Returns:
       The bounds, NaN where the family resolves the kernel, or None if it does so everywhere.
     """
-    members = statistics.members[index][1:]
-    if not members:
+    if statistics.exact(index):
         return None
-    nodes = coordinate.forward(np.unique(np.concatenate([nodes for nodes, _ in members])))
+    members = statistics.members[index]
+    family = members[1:] or members  # files of earlier versions have no family
+    nodes = coordinate.forward(np.unique(np.concatenate([nodes for nodes, _ in family])))
+    if nodes.size < 2:
+        return None
     position = np.clip(np.searchsorted(nodes, x), 1, nodes.size - 1)
     coarse = np.diff(nodes)[position - 1] > width
     if not coarse.any():
