@@ -3,18 +3,30 @@
     python -m benchmarks.deflation
 
 Plain: k probes of m steps. Implicit: the same without a basis, with every isolated eigenvalue that
-two probes show to be simple reset to weight 1/n. Block: one block of k starts, of which each is
-deflated by the others, in m passes over the data instead of m0 + m. Krylov: the default of
-`spectral_density`, a run of m0 steps whose basis all probes avoid, its own quadrature counting as
-one more probe; "without its own" leaves that out. Sequential: every run avoids the bases of all
-before it; the last k - 1 are averaged.
+two probes show to be simple reset to weight 1/n. Block (the default of `spectral_density`): one
+block of k starts, of which each is deflated by the others, in m passes over the data. Krylov: a run
+of m0 steps whose basis all probes avoid, its own quadrature counting as one more probe; "without
+its own" leaves that out. Sequential: every run avoids the bases of all before it; the last k - 1
+are averaged.
 
 On spectra that are known exactly: the trained 784-20-10 network's (15,910 eigenvalues, W1 over the
 range) and five synthetic ones. A probe uniform on the sphere sees nothing of a matrix but its
 spectrum, so that the matrices are random rotations of these eigenvalues.
 
-Answer: not run since each rule is the mean of its family. `results` has the answer of 2026-11-21,
-with Gauss rules and without the block.
+Answer (2026-11-26), W1 / range and the trace's error (root mean square) with 180 products; means of
+20 keys on the network, of 4 on the others:
+
+                             plain, 60 x 3      plain, 90 x 2   90, then 45 x 2       block, 36 x 5
+    passes                              60                 90               135                  36
+    trained network       1.4e-04  12.39%   1.3e-04  13.40%   2.6e-05   1.97%   2.4e-05   1.34%
+    20 outliers           1.2e-04  11.60%   1.6e-04  18.63%   3.6e-07   0.01%   3.7e-07   0.00%
+    power law             1.6e-04  10.31%   1.5e-04   9.15%   3.1e-05   1.83%   2.1e-05   0.76%
+    zeros, bulk           2.7e-04   4.71%   3.5e-04   4.65%   8.1e-05   1.38%   6.7e-05   1.25%
+    multiple outliers     7.6e-04   6.85%   4.0e-04   7.67%   5.2e-04   7.04%   4.2e-04   6.55%
+    no outliers           2.6e-03   0.15%   3.2e-03   0.59%   2.9e-03   0.45%   3.0e-03   0.37%
+
+The block is as accurate or more, in a quarter of the passes. Plain quadrature needs 900 products for
+7.3e-5 on the network. Without outliers it is the best with 180.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,26 @@ that of `hd.trace` with 400 products.
 W1 is in units of the range. The trace's error is a root mean square over the keys. Gradients are
 the seconds of a run, after one that compiles, divided by those of a gradient.
 
-Answer: not run.
+Answer (2026-11-26, beside other work on the machine, which is in the gradients). The intervals of
+the trace held it in 11 of 15 runs on the first network (in 57 of 60 with the 20 keys of
+`benchmarks.deflated_reference`) and in 15 of 15 on the GPT. ResNet-20 was not measured to the end.
+
+                                 products passes gradients          W1 / range trace rms outliers
+    784-20-10 network
+    deflation 90, then 45 x 2         180    135       349    3.46e-05 ± 1e-05     3.66%       44
+    deflation 80, then 40 x 1         120    120       253    3.88e-05 ± 1e-05     3.88%       41
+    block 45 x 4                      180     45       327    2.96e-05 ± 5e-06     2.21%       54
+    block 36 x 5                      180     36       371    2.25e-05 ± 2e-06     1.08%       54
+    block 45 x 5                      225     45       475    1.91e-05 ± 3e-06     1.27%       74
+    GPT
+    deflation 90, then 45 x 2         180    135       788    5.57e-05 ± 2e-06     1.58%       31
+    deflation 80, then 40 x 1         120    120       602    6.96e-05 ± 1e-05     3.40%       26
+    block 45 x 4                      180     45       908    5.12e-05 ± 1e-06     1.88%       38
+    block 36 x 5                      180     36       584    6.32e-05 ± 2e-05     1.43%       38
+    block 45 x 5                      225     45       800    5.39e-05 ± 3e-06     1.47%       51
+
+On the GPT, the estimated error of the reference is 2.5e-4, of quadrature in the bulk, so that W1
+cannot tell the forms apart there.
 """
 
 import argparse

@@ -54,11 +54,11 @@ def spectral_density(
       (`hessdensity.spectra.deflation` has the theorem).
 
     Both make 180 products by default, the block in 36 passes over the data and the other form in
-    135. On six spectra and three networks (``benchmarks/deflation.py``,
-    ``benchmarks/density_forms.py``) the block is the more accurate form nearly everywhere, most of
-    all for the trace. Take the other form for a spectrum without outliers that needs a high
-    resolution (``deflation_steps=0``), for many probes, or where the data go through the model with
-    one vector at a time.
+    135. On six spectra (``benchmarks/deflation.py``) and a trained network
+    (``benchmarks/deflated_reference.py``) the block is as accurate or more, and most of all for the
+    trace. Take the other form for a spectrum without outliers that needs a high resolution
+    (``deflation_steps=0``), for many probes, or where the data go through the model with one vector
+    at a time.
 
     Args:
       operator: anything with ``like`` and ``@`` on blocks, such as a `Hessian`.
