@@ -25,8 +25,8 @@ Answer (2026-11-26), W1 / range and the trace's error (root mean square) with 18
     multiple outliers     7.6e-04   6.85%   4.0e-04   7.67%   5.2e-04   7.04%   4.2e-04   6.55%
     no outliers           2.6e-03   0.15%   3.2e-03   0.59%   2.9e-03   0.45%   3.0e-03   0.37%
 
-The block is as accurate or more, in a quarter of the passes. Plain quadrature needs 900 products for
-7.3e-5 on the network. Without outliers it is the best with 180.
+The block is as accurate or more, in a quarter of the passes. Plain quadrature needs 900 products
+for 7.3e-5 on the network. Without outliers it is the best with 180.
 """
 
 from collections.abc import Callable

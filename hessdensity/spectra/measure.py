@@ -95,8 +95,9 @@ class SpectralMeasure:
 
         It is 1/500 of the range of the nodes, or half of the median distance between the nodes
         that are no eigenvalues, if that is larger. Below that distance, most of the spectrum is not
-        resolved: only more steps make it finer. But it is at most 1/50 of the range, so that a few
-        nodes that hold most of the spectrum do not blur the rest of it.
+        resolved: only more steps make it finer. But it is at most 1/50 of the range, or half of
+        the mean distance between a probe's nodes, so that a few nodes that hold most of the
+        spectrum do not blur the rest of it.
         """
         return self.resolved_bandwidth()
 
@@ -114,8 +115,9 @@ class SpectralMeasure:
         low, high = (float(end) for end in coordinate.forward(np.array(self.extent)))
         scale = max(abs(low), abs(high))
         smallest = max((high - low) / 500, scale / 1e5)
-        resolved = min(resolution(self.rules, coordinate) / 2, (high - low) / 50)
-        return max(smallest, resolved) or 1.0
+        steps = max(rule.nodes.size - rule.num_deflated for rule in self.rules)
+        largest = (high - low) / min(50, 2 * max(steps, 1))
+        return max(smallest, min(resolution(self.rules, coordinate) / 2, largest)) or 1.0
 
     @property
     def extent(self) -> tuple[float, float]:

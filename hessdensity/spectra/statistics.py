@@ -127,11 +127,12 @@ class RuleStatistics(Shares):
         law = self._freedom, self._dimension
         lower, upper = positive_interval(mean, error, *law, (low, high))
         missed = [self._missed(i, values, mean) for i in range(len(self._rules))]
-        means, spreads = (list(part) for part in zip(*missed, strict=True))
-        more, least = self._weighted(means), self._error_of_spreads(spreads)
-        raised = positive_interval(
-            mean + more, np.hypot(error, least), *law, (low + more, high + more)
-        )
+        masses, means, spreads = (list(part) for part in zip(*missed, strict=True))
+        # With the missed part, the mass is more than 1.
+        mass, more = 1 + self._weighted(masses), self._weighted(means)
+        cautious = np.hypot(error, self._error_of_spreads(spreads)) / np.sqrt(mass)
+        ends = (low + more) / mass, (high + more) / mass
+        raised = positive_interval((mean + more) / mass, cautious, *law, ends)
         return lower, np.maximum(upper, raised[1])
 
     def _median(self, values: Values) -> float:
@@ -187,8 +188,8 @@ class RuleStatistics(Shares):
 
     def _missed(
         self, index: int, values: Values, mean: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What a probe has missed of the means and of the variances of some functions, for certain.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a probe has missed of the mass, and of the means and variances of some functions.
 
         An isolated node is an eigenvalue, whose true weight is at least 1/N. A probe that happens
         to see less of it takes the mean, and its own noise, for smaller than they are.
@@ -196,11 +197,11 @@ class RuleStatistics(Shares):
         rule = self._rules[index]
         alone = isolated(rule)[rule.num_deflated :]
         if not alone.any():
-            return np.zeros_like(mean), np.zeros_like(mean)
+            return np.zeros(()), np.zeros_like(mean), np.zeros_like(mean)
         nodes, weights = self.members[index][0]
         missed = np.where(alone, np.maximum(1 / self._dimension - weights, 0), 0)
         found = values(nodes)
-        return missed @ found, missed @ (found - mean) ** 2
+        return missed.sum(), missed @ found, missed @ (found - mean) ** 2
 
     def _extremes_of_family(
         self, index: int, values: Values, means: np.ndarray
