@@ -3,9 +3,9 @@
     python -m benchmarks.bounds [spectra of each family, 12 if left out]
 
 Random spectra of fourteen families, in float32 and float64, each with a random rotation and scale,
-by four ways to spend the products: deflation (the default), plain probes, no basis, a block. On
-each: every interval of a density, and for the functions their width, in units of the truth. The
-families are shared out to one process for each core.
+by four ways to spend the products: a block (the default), a deflation run and probes, plain probes,
+no basis. On each: every interval of a density, and for the functions their width, in units of the
+truth. The families are shared out to one process for each core.
 
 Answer: not run since the intervals hold every error."""
 
@@ -90,10 +90,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 FORMS: dict[str, dict[str, Any]] = {
-    "deflation": {},
+    "block": {},
+    "deflation": {"num_probes": 2},
     "plain": {"deflation_steps": 0, "num_steps": 60},
     "no basis": {"basis": "none"},
-    "block": {"block_size": 5, "num_steps": 36},
 }
 
 
