@@ -7,8 +7,8 @@ by four ways to spend the products: a block (the default), a deflation run and p
 no basis. On each: every interval of a density, and for the functions their width, in units of the
 truth. The families are shared out to one process for each core.
 
-Answer (2026-11-26), of `python -m benchmarks.bounds 4`, 56 spectra in each dtype: every nominal 95 %
-interval held in 92 to 100 % of cases, except three of 150 rows: 91 % (trace and first moment,
+Answer (2026-11-26), of `python -m benchmarks.bounds 4`, 56 spectra in each dtype: the nominal 95 %
+intervals held in 92 to 100 % of cases, except in three rows: 91 % (trace and first moment,
 deflation, float64) and 89 % (eighth moment, no basis, float64), where 3.5 % are noise. The certain
 bounds of quadrature held everywhere. docs/benchmarks.md has the table.
 """
