@@ -33,10 +33,6 @@ from .quadrature import Rule, Tridiagonal, gauss_rule, largest_point_mass
 # weight is rounding error.
 _WEIGHTLESS = 1e-20
 
-# A node is isolated if its residual is at most this share of the distance to the next node. Its
-# Ritz value is then off by 1e-4 of that distance, and the weight by as much.
-_ISOLATED = 0.01
-
 # A node counts as a simple eigenvalue if a second copy would have stayed unseen with at most this
 # probability.
 _OVERLOOKED = 0.01
@@ -156,15 +152,6 @@ def _ghosts(
     return seen, np.flatnonzero(np.diff(nodes[seen], prepend=-np.inf) > 4 * rounding_error)
 
 
-def isolated(rule: Rule) -> np.ndarray:
-    """(length,) bool: whether a node's residual is far below the distance to the other nodes."""
-    order = np.argsort(rule.nodes, kind="stable")
-    gaps = np.diff(rule.nodes[order])
-    distance = np.empty(rule.nodes.size)
-    distance[order] = np.minimum(np.append(gaps, np.inf), np.insert(gaps, 0, np.inf))
-    return rule.residuals <= _ISOLATED * distance
-
-
 def pin_isolated(rule: Rule, dimension: int, simple: np.ndarray) -> Rule:
     """The rule of a probe with weight 1/n for every simple isolated eigenvalue that it found.
 
@@ -187,7 +174,7 @@ def pin_isolated(rule: Rule, dimension: int, simple: np.ndarray) -> Rule:
     # Where another Ritz pair may still belong to the same eigenvalue, rounding has brought a copy.
     distance = np.abs(rule.nodes[:, None] - rule.nodes)
     np.fill_diagonal(distance, np.inf)
-    pinned = isolated(rule) & simple & np.all(distance > rule.residuals, axis=1)
+    pinned = rule.isolated & simple & np.all(distance > rule.residuals, axis=1)
     rest = rule.weights[~pinned].sum()
     if not pinned.any() or not rest > 0:
         return rule
@@ -276,7 +263,7 @@ def simple_for_parallel_probes(
         nearest = np.abs(ours.nodes[:, None] - theirs.nodes).argmin(axis=1)
         reach = ours.residuals + theirs.residuals[nearest]
         same = np.abs(ours.nodes - theirs.nodes[nearest]) <= reach
-        same &= isolated(theirs)[nearest]
+        same &= theirs.isolated[nearest]
         squares = ours.weights * theirs.weights[nearest]
         cosine = np.minimum(crossed[column] ** 2 / np.where(squares > 0, squares, np.inf), 1)
         chances.append(np.where(same, 2 / np.pi * np.sqrt(1 - cosine), 1.0))

@@ -60,7 +60,7 @@ def positive_interval(
     error: np.ndarray,
     freedom: float,
     dimension: float,
-    ends: tuple[np.ndarray, np.ndarray] | None = None,
+    ends: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
     """95 % bounds on the mean of a non-negative function over a spectrum.
 
@@ -76,13 +76,12 @@ def positive_interval(
       error: its standard error.
       freedom: k (N + 2).
       dimension: N. A share that is not empty is at least 1/N.
-      ends: the least and the most that the probes may have seen, or None for the mean itself.
-        Quadrature leaves it uncertain.
+      ends: the least and the most that the probes may have seen. Quadrature leaves it uncertain.
 
     Returns:
       (lower, upper), of the shape of ``mean``.
     """
-    low, high = (mean, mean) if ends is None else ends
+    low, high = ends
     seen = mean > 0
     variance = np.divide(error, mean, out=np.zeros_like(mean), where=seen) ** 2 * (freedom - 2) / 2
     height = mean * (1 + variance)

@@ -22,6 +22,10 @@ import numpy as np
 Members: TypeAlias = "list[tuple[np.ndarray, np.ndarray]]"
 """(nodes, weights) of several rules, each with ascending nodes."""
 
+# A node is isolated if its residual is at most this share of the distance to the next node. Its
+# Ritz value is then off by 1e-4 of that distance, and the weight by as much.
+_ISOLATED = 0.01
+
 _LAST_BITS = 1e-12  # relative distance of nodes between which nothing can be told apart
 
 ANGLES = np.pi * ((np.arange(16) + 0.5) / 16 - 0.5)
@@ -93,6 +97,15 @@ class Rule:
     def rounding(self) -> float:
         """Rounding error of the nodes, in eigenvalue units. No residual is smaller."""
         return float(self.residuals.min())
+
+    @cached_property
+    def isolated(self) -> np.ndarray:
+        """(length,) bool: whether a node's residual is far below the distance to the others."""
+        order = np.argsort(self.nodes, kind="stable")
+        gaps = np.diff(self.nodes[order])
+        distance = np.empty(self.nodes.size)
+        distance[order] = np.minimum(np.append(gaps, np.inf), np.insert(gaps, 0, np.inf))
+        return self.residuals <= _ISOLATED * distance
 
     @property
     def share(self) -> float:

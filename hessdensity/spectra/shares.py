@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .deflation import isolated
 from .estimate import BoundedEstimate
 from .intervals import share_interval
 from .quadrature import Rule, cumulative, cumulative_bounds
@@ -165,7 +164,7 @@ def _coupled_range(rule: Rule) -> tuple[float, float] | None:
     """
     if not rule.coupling:
         return None
-    rest = rule.nodes[~isolated(rule) | (np.arange(rule.nodes.size) >= rule.num_deflated)]
+    rest = rule.nodes[~rule.isolated | (np.arange(rule.nodes.size) >= rule.num_deflated)]
     return float(rest.min() - rule.coupling), float(rest.max() + rule.coupling)
 
 
@@ -178,7 +177,7 @@ def uncertainty(rule: Rule) -> np.ndarray:
     residuals = rule.residuals[: rule.num_deflated]
     if not rule.coupling:
         return residuals
-    return np.where(isolated(rule)[: rule.num_deflated], residuals, rule.rounding)
+    return np.where(rule.isolated[: rule.num_deflated], residuals, rule.rounding)
 
 
 def _share(nodes: np.ndarray, weights: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ import numpy as np
 
 from hessdensity.coordinate import LINEAR, Coordinate
 
-from .deflation import isolated
 from .quadrature import Rule
 from .shares import Range, Shares, within
 from .statistics import Variation
@@ -48,7 +47,7 @@ def resolution(rules: tuple[Rule, ...], coordinate: Coordinate = LINEAR) -> floa
             continue
         gaps = np.diff(nodes)
         around = (np.append(gaps, gaps[-1]) + np.insert(gaps, 0, gaps[0])) / 2
-        unresolved = ~isolated(rule)[rule.num_deflated :]
+        unresolved = ~rule.isolated[rule.num_deflated :]
         distances.append(around[unresolved])
         weights.append(rule.weights[rule.num_deflated :][unresolved])
     distance = np.concatenate(distances)

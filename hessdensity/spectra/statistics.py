@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .deflation import isolated
 from .estimate import BoundedEstimate
 from .intervals import positive_interval
 from .quadrature import Members, Rule
@@ -61,8 +60,9 @@ class RuleStatistics(Shares):
         """
         mean, error = self._seen(values, certain)
         least = np.maximum(mean.least, 0)
-        bounds = self._interval_of_positive(values, mean.value, error)
-        ends = self._interval_of_positive(values, mean.value, error, (least, mean.most))
+        law = self._law_of_positive(values, mean.value, error)
+        bounds = law(mean.value, mean.value)
+        ends = law(least, mean.most)
         coupling = np.zeros_like(error) + self._coupling_error(variation)
         sure = self._deflated(values)
         return BoundedEstimate(
@@ -110,30 +110,33 @@ class RuleStatistics(Shares):
         """95 % bounds for the probes alone on the mean of a function that is never negative."""
         mean, error = self._seen(values, exact=True)
         sure = self._deflated(values).value
-        low, high = self._interval_of_positive(values, mean.value, error)
+        low, high = self._law_of_positive(values, mean.value, error)(mean.value, mean.value)
         return sure + self._part * low, sure + self._part * high
 
-    def _interval_of_positive(
-        self,
-        values: Values,
-        mean: np.ndarray,
-        error: np.ndarray,
-        ends: tuple[np.ndarray, np.ndarray] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """95 % bounds on the mean of a function over the probes' parts, if it is never negative."""
-        low, high = (mean, mean) if ends is None else ends
+    def _law_of_positive(
+        self, values: Values, mean: np.ndarray, error: np.ndarray
+    ) -> Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """The law of the probes for the mean of a function that is never negative.
+
+        It maps the least and the most that the probes may have seen to 95 % bounds on the mean over
+        their parts.
+        """
         if not np.isfinite(self._freedom):
-            return low, high
-        law = self._freedom, self._dimension
-        lower, upper = positive_interval(mean, error, *law, (low, high))
+            return lambda low, high: (low, high)
         missed = [self._missed(i, values, mean) for i in range(len(self._rules))]
         masses, means, spreads = (list(part) for part in zip(*missed, strict=True))
         # With the missed part, the mass is more than 1.
         mass, more = 1 + self._weighted(masses), self._weighted(means)
         cautious = np.hypot(error, self._error_of_spreads(spreads)) / np.sqrt(mass)
-        ends = (low + more) / mass, (high + more) / mass
-        raised = positive_interval((mean + more) / mass, cautious, *law, ends)
-        return lower, np.maximum(upper, raised[1])
+        sphere = self._freedom, self._dimension
+
+        def bounds(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            lower, upper = positive_interval(mean, error, *sphere, (low, high))
+            ends = (low + more) / mass, (high + more) / mass
+            _, raised = positive_interval((mean + more) / mass, cautious, *sphere, ends)
+            return lower, np.maximum(upper, raised)
+
+        return bounds
 
     def _median(self, values: Values) -> float:
         """The median of a function over what the probes have seen."""
@@ -195,7 +198,7 @@ class RuleStatistics(Shares):
         to see less of it takes the mean, and its own noise, for smaller than they are.
         """
         rule = self._rules[index]
-        alone = isolated(rule)[rule.num_deflated :]
+        alone = rule.isolated[rule.num_deflated :]
         if not alone.any():
             return np.zeros(()), np.zeros_like(mean), np.zeros_like(mean)
         nodes, weights = self.members[index][0]
