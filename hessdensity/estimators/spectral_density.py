@@ -86,7 +86,7 @@ def spectral_density(
         vectors of each probe are kept, and there is neither a block nor a deflation run: two probes
         share the products, and the eigenvalues that both find get weight 1/n (implicit deflation).
         But without reorthogonalization, every eigenvalue is found again and again, in steps that
-        find nothing else (`hessdensity.spectra.deflation.merge_ghosts`). With a single probe,
+        find nothing else (`hessdensity.spectra.ghosts.merge_ghosts`). With a single probe,
         nothing shows that an eigenvalue is simple, so that none gets weight 1/n. By default the
         first of these that fits (`hessdensity.plan` prints the table).
       probes_at_once: number of probes behind a deflation run that go through the data together.

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .deflation import deflated_rule, ends_of_the_spectrum
+from .deflation import deflated_rule
+from .evidence import ends_of_the_spectrum
 from .quadrature import Rule, Tridiagonal
 
 # Ritz values are copies of one eigenvalue if they differ by at most this share of their residuals,

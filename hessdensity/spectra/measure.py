@@ -322,7 +322,7 @@ class SpectralMeasure:
         An eigenvalue lies within the residual of the node. The interval from ``lower`` to ``upper``
         contains the end of the spectrum in 95 % of runs: the node lies inside of the spectrum, and
         a random start overlooks an eigenvalue only if its weight there is very small
-        (`hessdensity.spectra.deflation.ends_of_the_spectrum`). For the measure of a vector, an
+        (`hessdensity.spectra.evidence.ends_of_the_spectrum`). For the measure of a vector, an
         eigenvalue lies in the interval, and nothing is known of others.
         """
         nodes = np.concatenate([rule.nodes for rule in self.rules])

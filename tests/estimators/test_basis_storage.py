@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hessdensity as hd
 from hessdensity.krylov import lanczos
-from hessdensity.spectra import deflation
+from hessdensity.spectra import ghosts
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
 from hessdensity.vectors.random import random_block
 
@@ -89,7 +89,7 @@ def test_without_a_basis_nodes_stay_in_the_spectrum_and_moments_are_the_probes_o
     vectors = np.asarray(random_block(key, 0, 2, operator.like), float)
     matrix, scale = hd.dense(operator), np.abs(values).max() or 1
     for probe, vector in zip(tridiagonals(state), vectors, strict=True):
-        rule = deflation.merge_ghosts(probe)
+        rule = ghosts.merge_ghosts(probe)
         slack = float(200 * np.finfo(dtype).eps * scale)
         assert values.min() - slack < rule.nodes[0]
         assert rule.nodes[-1] < values.max() + slack
@@ -105,7 +105,7 @@ def test_without_a_basis_nodes_stay_in_the_spectrum_and_moments_are_the_probes_o
 def test_ghosts_share_one_eigenvalues_weight_and_are_merged(key):
     operator, values = operator_of("outliers", key, np.float32), spectra.ALL["outliers"]
     (probe,) = tridiagonals(run(operator, key, 120, "none", count=1))
-    plain, merged = gauss_rule(probe), deflation.merge_ghosts(probe)
+    plain, merged = gauss_rule(probe), ghosts.merge_ghosts(probe)
     eigenvectors = np.linalg.eigh(hd.dense(operator))[1]
     start = np.asarray(random_block(key, 0, 1, operator.like), float)[0]
     for index in (-1, -2, -3, 0):
@@ -123,7 +123,7 @@ def test_ghosts_share_one_eigenvalues_weight_and_are_merged(key):
 
 def test_a_rule_without_ghosts_is_not_changed_by_merging(key):
     (probe, _) = tridiagonals(run(operator_of("linear", key, np.float32), key, 30, "device"))
-    plain, merged = gauss_rule(probe), deflation.merge_ghosts(probe)
+    plain, merged = gauss_rule(probe), ghosts.merge_ghosts(probe)
     np.testing.assert_allclose(merged.nodes, plain.nodes, rtol=1e-12, atol=0)
     np.testing.assert_allclose(merged.weights, plain.weights, rtol=1e-12, atol=0)
 

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 import hessdensity as hd
-from hessdensity.spectra.deflation import ends_of_the_spectrum
+from hessdensity.spectra.evidence import ends_of_the_spectrum
 from hessdensity.spectra.quadrature import Tridiagonal, gauss_rule
 
 
