@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hessdensity.errors import needs_extra
+from hessdensity.estimators.density_settings import DensitySettings
 
 try:
     with needs_extra("cli", "the command line"):
@@ -21,11 +22,22 @@ except ModuleNotFoundError as missing:
 
 def _steps(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that set the numbers of products of a density."""
+    block, probes = DensitySettings(), DensitySettings(basis="none")
+    steps = f"{block.num_steps}, or {probes.num_steps} for probes"
     options = {
-        "--num-steps": (1, "Lanczos steps, which set the resolution. 36, or 45 for probes."),
-        "--block-size": (2, "Starts of a block, in which each is deflated by the others. 5."),
-        "--num-probes": (1, "Random starts behind a deflation run, instead of a block. 2."),
-        "--deflation-steps": (0, "Lanczos steps of a deflation run, instead of a block. 90."),
+        "--num-steps": (1, f"Lanczos steps, which set the resolution. {steps}."),
+        "--block-size": (
+            2,
+            f"Starts of a block, in which each is deflated by the others. {block.block_size}.",
+        ),
+        "--num-probes": (
+            1,
+            f"Random starts behind a deflation run, instead of a block. {probes.num_probes}.",
+        ),
+        "--deflation-steps": (
+            0,
+            f"Lanczos steps of a deflation run, instead of a block. {probes.deflation_steps}.",
+        ),
     }
     for name, (least, help_text) in reversed(options.items()):
         command = click.option(name, type=click.IntRange(min=least), help=help_text)(command)
@@ -59,6 +71,7 @@ def demo(plot: str, seed: int, **steps: int | None) -> None:
     from hessdensity import demo as demonstration
 
     _check_targets(None, plot)
+    settings = _agreeing(**steps)
     start = time.perf_counter()
     click.echo(
         f"Training a {'-'.join(map(str, demonstration.WIDTHS))} network on scikit-learn's digits "
@@ -69,7 +82,7 @@ def demo(plot: str, seed: int, **steps: int | None) -> None:
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
     key = jax.random.key(seed)
-    density = hd.spectral_density(hessian, key, **_agreeing(steps))
+    density = hd.spectral_density(hessian, key, **settings)
     click.echo(
         f"\n{density}\n\nComputing the dense Hessian for comparison, {density.dimension:,} "
         "products ..."
@@ -128,13 +141,12 @@ def run(
     import hessdensity as hd
 
     _check_targets(out, plot)
+    settings = _agreeing(**steps, tolerance=tolerance, basis=basis)
     operator = _operator(problem)
     density = hd.spectral_density(
         operator,
         jax.random.key(seed),
-        **_agreeing(steps),
-        tolerance=tolerance,
-        basis=basis,
+        **settings,
         checkpoint=checkpoint,
         progress=progress,
     )
@@ -183,14 +195,13 @@ def _operator(problem: str) -> Any:
     return made
 
 
-def _agreeing(steps: dict[str, int | None]) -> dict[str, Any]:
-    """The numbers of products, if they belong to one form of the computation."""
-    if steps["block_size"] and (steps["num_probes"] or steps["deflation_steps"] is not None):
-        raise click.UsageError(
-            "--block-size is another form of the computation than --num-probes and "
-            "--deflation-steps. Give either."
-        )
-    return steps
+def _agreeing(**settings: Any) -> dict[str, Any]:
+    """The settings of a density, if they belong together."""
+    try:
+        DensitySettings(**settings)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    return settings
 
 
 def _check_targets(out: str | None, plot: str | None) -> None:

@@ -226,3 +226,17 @@ def test_the_table_of_the_demonstration_holds_the_exact_figures():
     assert float(rows["trace"][0]) == float(rows["trace"][-1]) == 2
     assert float(rows["share in ±0.002"][-1]) == 0.4
     assert float(rows["W1 distance / range"][0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--block-size", "3", "--num-probes", "4"], "num_probes=4 and block_size=3"),
+        (["--block-size", "3", "--deflation-steps", "0"], "deflation_steps=0 and block_size=3"),
+        (["--block-size", "3", "--basis", "none"], "a block needs its basis"),
+    ],
+)
+def test_settings_of_two_forms_are_refused_before_anything_is_computed(run, options, said):
+    result = run("mine:operator", *options)
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())

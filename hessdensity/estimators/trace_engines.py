@@ -7,6 +7,7 @@ else from it again.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import jax
@@ -34,7 +35,7 @@ class TraceEngine(Engine, Protocol):
         """(value, standard error, degrees of freedom of the error)."""
 
 
-class _Products:
+class _Products(ABC):
     """The common part of the engines: blocks in order, and the check that products are finite."""
 
     def __init__(self, like: Vector, block_size: int) -> None:
@@ -56,8 +57,9 @@ class _Products:
         """Like `take`, for a saved product."""
         self.take(step.vectors)
 
+    @abstractmethod
     def _use(self, product: Block) -> None:
-        raise NotImplementedError
+        """Take over a product that is finite."""
 
     def _test_vectors(self, key: jax.Array, first: int, count: int) -> Block:
         """The block of test vectors that starts with number ``first``, of ``count`` in all."""

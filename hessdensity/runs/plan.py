@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -58,7 +59,7 @@ These are the ways to keep the vectors, in order of preference.
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ABC):
     """The settings of a computation. Every public call has a subclass that holds its defaults."""
 
     computation: ClassVar[str] = ""
@@ -71,9 +72,9 @@ class Settings:
         """The number of vectors in a product."""
         return 1
 
+    @abstractmethod
     def layouts(self, n: int, vector_bytes: int, activations: int) -> list[MemoryLayout]:
         """The ways to keep the vectors, in order of preference (`LayoutsOf`)."""
-        raise NotImplementedError
 
     def everywhere(self) -> Settings:
         """The same settings, with every place for the vectors allowed."""
@@ -116,7 +117,7 @@ class Plan:
     @property
     def fitting(self) -> MemoryLayout | None:
         """The first layout that fits, or None."""
-        return next((each for each in self.layouts if each.fits(self.free)), None)
+        return _first_fitting(self.layouts, self.free)
 
     @property
     def chosen(self) -> MemoryLayout:
@@ -229,7 +230,11 @@ def first_that_fits(
     if first.fits(free) and (free.device is None or first.device_bytes < free.device / 4):
         return first
     measured = layouts_of(n, vector_bytes, activation_bytes(operator, num_vectors) or 0)
-    return next((layout for layout in measured if layout.fits(free)), None)
+    return _first_fitting(measured, free)
+
+
+def _first_fitting(layouts: Sequence[MemoryLayout], free: Free) -> MemoryLayout | None:
+    return next((layout for layout in layouts if layout.fits(free)), None)
 
 
 def activation_bytes(operator: Operator, num_vectors: int) -> int | None:
