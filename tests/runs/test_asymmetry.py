@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import hessdensity as hd
+from hessdensity.estimators.settings import MeasureSettings
 from hessdensity.krylov import lanczos
 from hessdensity.krylov.lanczos_engine import LanczosEngine
-from hessdensity.runs.plan import Settings
 from hessdensity.runs.run import Run
 from hessdensity.vectors.random import random_block
 
@@ -71,7 +71,7 @@ def execute(run, operator, seed, num_steps):
 
 def test_the_figure_of_a_run_is_the_largest_of_its_engines():
     operator = networks.NOT_DERIVATIVES["gradients scaled by 0.9"]().hessian()
-    run = Run(operator, Settings(), progress=False)
+    run = Run(operator, MeasureSettings(), progress=False)
     assert run.asymmetry == 0
     states = [execute(run, operator, seed, 8) for seed in range(2)]
     assert run.asymmetry == max(lanczos.asymmetry(state).max() for state in states) > 1e-3
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_figure_bit_for_bit(tmp_path):
     operator = networks.NOT_DERIVATIVES["gradients scaled by 0.9"]().hessian()
     found = []
     for num_steps in (5, 8, 8):
-        run = Run(operator, Settings(), checkpoint=tmp_path / "run", progress=False)
+        run = Run(operator, MeasureSettings(), checkpoint=tmp_path / "run", progress=False)
         execute(run, operator, 0, num_steps)
         found.append(run.asymmetry)
     assert found[0] < found[1] == found[2]
