@@ -7,8 +7,12 @@ half of them, whose products cost as much less. If both see the same noise, the 
 two, plus a precise density of the part, has less noise than the probes on all examples. What is
 left of the variance is 1 - correlation^2, at best. On the trained 784-20-10 network and its 2,000
 images, 24 probes of 45 steps, alone and behind a deflation of 90 steps.
-probes of 45 steps, alone and behind a deflation of 90 steps.
-Answer: not run.
+
+Answer (2026-11-26): not behind a deflation, so the library has no control variate. Without
+deflation, a tenth of the data leaves 0.35 of the variance of the trace, and a quarter 0.14, because
+few eigenvectors carry the noise, and both see them. Deflation has already removed these. Behind it,
+a tenth leaves 0.89 to 1.00 and a quarter 0.69 to 1.00 (the estimate from 24 probes has noise of its
+own). Of functions of small eigenvalues (share above 0.0001, log), 0.90 or more is left either way.
 """
 
 from collections.abc import Callable

@@ -36,8 +36,8 @@ from .quadrature import Rule, Tridiagonal
 # and if their residuals are at most the second share of their distance to the others.
 _SAME, _CONVERGED = 0.01, 0.1
 
-# A recurrence ends where the part of a product outside of the block Krylov space is larger than
-# this share of the part inside.
+# A recurrence ends where the parts of its products outside of the block Krylov space, each squared
+# and relative to the part inside, add up to more than this.
 _OUTSIDE = 0.5
 
 
@@ -107,9 +107,9 @@ def recurrence(block: BlockKrylov, deflated: np.ndarray, index: int) -> Tridiago
 
     It is that of the compression to the block Krylov space. The operator's own recurrence has a
     part outside of this space, which is of the order of sqrt(b/n) at first and grows. The
-    recurrence ends where this part is no longer small. Further steps would converge to eigenvalues
-    of the compression that are not those of the operator, and would make the error of W1 by up to
-    70 % larger.
+    recurrence ends where these parts are no longer small together. Further steps would converge to
+    eigenvalues of the compression that are not those of the operator. They would make the error of
+    W1 by up to 70 % larger, and that of quadrature would look smaller than it is.
     """
     matrix = block.matrix
     basis = np.zeros((matrix.shape[0], 0))
@@ -118,6 +118,7 @@ def recurrence(block: BlockKrylov, deflated: np.ndarray, index: int) -> Tridiago
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     couplings: list[np.ndarray] = []
+    left = 0.0
     while True:
         basis = np.concatenate([basis, vector[:, None]], axis=1)
         product = matrix @ vector
@@ -127,7 +128,8 @@ def recurrence(block: BlockKrylov, deflated: np.ndarray, index: int) -> Tridiago
         inside = float(np.linalg.norm(rest))
         outside = float(np.linalg.norm(block.outside @ vector))
         # Before the last step, this part is what the starts of D_i have in common with the probe.
-        ends = len(diagonal) == block.num_steps or outside > _OUTSIDE * inside
+        left += (outside / inside) ** 2 if inside else np.inf
+        ends = len(diagonal) == block.num_steps or left > _OUTSIDE
         beta = float(np.hypot(inside, outside)) if ends else inside
         beta = beta if beta > 2 * block.rounding_error else 0.0
         off_diagonal.append(beta)

@@ -19,6 +19,7 @@ Values = Callable[[np.ndarray], np.ndarray]
 # taken (``benchmarks/bounds.py``).
 _SPREADS = 1.5
 
+_LAST_BITS = 1e-15  # relative rounding of a sum of weights
 
 _CLOSER = 4  # times that the points around an extreme are refined
 
@@ -101,8 +102,9 @@ class RuleStatistics(Shares):
         quadrature = sure.least + self._part * mean.least, sure.most + self._part * mean.most
         probes = middle + gain[0] - loss[1], middle + gain[1] - loss[0]
         # The parts of one sign have kinks, so that quadrature is worse for them than for the whole.
-        lower = probes[0] - (value - quadrature[0]) - coupling
-        upper = probes[1] + (quadrature[1] - value) + coupling
+        last_bits = _LAST_BITS * (np.abs(value) + np.abs(middle))
+        lower = probes[0] - (value - quadrature[0]) - coupling - last_bits
+        upper = probes[1] + (quadrature[1] - value) + coupling + last_bits
         found = BoundedEstimate(value, error, lower, upper, quadrature, coupling, probes)
         return found.map(lambda part: float(part[0]))
 
