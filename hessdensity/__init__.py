@@ -16,6 +16,8 @@ from .estimators.top_eigenspace import top_eigenspace as top_eigenspace
 from .estimators.trace import TraceEstimate as TraceEstimate
 from .estimators.trace import trace as trace
 from .krylov import lanczos as lanczos
+from .losses.composed import ComposedLoss as ComposedLoss
+from .losses.composed import compose as compose
 from .losses.risk import EmpiricalRisk as EmpiricalRisk
 from .losses.total import Total as Total
 from .operators.algebra import Restricted as Restricted

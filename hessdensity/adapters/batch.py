@@ -1,25 +1,10 @@
-"""Helpers of the adapters: the parts of a batch, and the choice of batch statistics."""
+"""The choice of batch statistics, which both adapters check."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from hessdensity.vectors.trees import PyTree
-
-Criterion = Callable[..., Any]
 BatchStatistics = Literal["stored", "batch"] | None
-
-
-def parts(batch: PyTree) -> Sequence[PyTree]:
-    """The inputs, the targets and, if there is one, the mask of a batch."""
-    if not isinstance(batch, Sequence):
-        raise TypeError(
-            f"data: a batch is a {type(batch).__name__}; the adapters expect (inputs, targets) or "
-            "(inputs, targets, mask). Rearrange it in the loader, or write the loss as a function "
-            "of the whole batch."
-        )
-    return batch
 
 
 def check_mode(batch_statistics: BatchStatistics, has_statistics: bool) -> None:

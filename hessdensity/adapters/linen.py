@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
-from hessdensity.losses.total import Loss
+from hessdensity.losses.composed import ComposedLoss, Criterion, compose
 from hessdensity.vectors.trees import PyTree
 
-from .batch import BatchStatistics, Criterion, check_mode, parts
+from .batch import BatchStatistics, check_mode
 
 
 def from_linen(
@@ -22,7 +22,7 @@ def from_linen(
     *,
     batch_statistics: BatchStatistics = None,
     **call_options: Any,
-) -> tuple[Loss, PyTree]:
+) -> tuple[ComposedLoss, PyTree]:
     """``(loss, params)`` of a Flax linen model.
 
     Args:
@@ -39,7 +39,8 @@ def from_linen(
         statistics.
 
     Returns:
-      The loss and ``variables["params"]``. The loss is a pytree whose leaves are the other
+      The loss and ``variables["params"]``. The loss has its two parts as ``loss.outputs`` and
+      ``loss.criterion`` (see `hessdensity.compose`). It is a pytree whose leaves are the other
       collections, so that a new checkpoint needs no compilation.
 
     Raises:
@@ -68,21 +69,19 @@ def from_linen(
         )
     state = {name: collection for name, collection in variables.items() if name != "params"}
     check_mode(batch_statistics, bool(state.get("batch_stats")))
-    loss = _LinenLoss(
-        model, criterion, batch_statistics == "batch", tuple(sorted(call_options.items()))
-    )
-    return Partial(loss, state), variables["params"]
+    options = tuple(sorted(call_options.items()))
+    outputs = _LinenOutputs(model, batch_statistics == "batch", options)
+    return compose(Partial(outputs, state), criterion), variables["params"]
 
 
 @dataclass(frozen=True)
-class _LinenLoss:
-    """The loss without its variables.
+class _LinenOutputs:
+    """The model without its variables.
 
     It is equal for equal models, so that a program compiled for one checkpoint serves the next.
     """
 
     model: Any
-    criterion: Criterion
     train: bool
     options: tuple[tuple[str, Any], ...]
 
@@ -91,21 +90,18 @@ class _LinenLoss:
         """Whether batches must not be cut, because the model normalizes by their statistics."""
         return self.train
 
-    def __call__(self, state: PyTree, params: PyTree, batch: PyTree) -> Any:
-        inputs, *rest = parts(batch)
+    def __call__(self, state: PyTree, params: PyTree, inputs: PyTree) -> Any:
         variables = {"params": params, **state}
+        options = dict(self.options)
         if not self.train:
-            outputs = self.model.apply(variables, inputs, **dict(self.options))
-        else:
-            outputs, updated = self.model.apply(
-                variables, inputs, mutable=["batch_stats"], **dict(self.options)
+            return self.model.apply(variables, inputs, **options)
+        outputs, updated = self.model.apply(variables, inputs, mutable=["batch_stats"], **options)
+        before = jax.tree.leaves(state["batch_stats"])
+        after = jax.tree.leaves(updated["batch_stats"])
+        if all(old is new for old, new in zip(before, after, strict=True)):
+            raise ValueError(
+                "batch_statistics='batch', but the model still uses its stored statistics; pass "
+                "its switch to from_linen, such as train=True or use_running_average=False "
+                f"(given: {options})."
             )
-            before = jax.tree.leaves(state["batch_stats"])
-            after = jax.tree.leaves(updated["batch_stats"])
-            if all(old is new for old, new in zip(before, after, strict=True)):
-                raise ValueError(
-                    "batch_statistics='batch', but the model still uses its stored statistics; "
-                    "pass its switch to from_linen, such as train=True or "
-                    f"use_running_average=False (given: {dict(self.options)})."
-                )
-        return self.criterion(outputs, *rest)
+        return outputs

@@ -9,15 +9,15 @@ import jax
 from jax.tree_util import Partial
 
 from hessdensity.errors import needs_extra
-from hessdensity.losses.total import Loss
+from hessdensity.losses.composed import ComposedLoss, Criterion, compose
 from hessdensity.vectors.trees import PyTree
 
-from .batch import BatchStatistics, Criterion, check_mode, parts
+from .batch import BatchStatistics, check_mode
 
 
 def from_nnx(
     model: Any, criterion: Criterion, *, batch_statistics: BatchStatistics = None
-) -> tuple[Loss, PyTree]:
+) -> tuple[ComposedLoss, PyTree]:
     """``(loss, params)`` of a Flax NNX model.
 
     Args:
@@ -28,7 +28,8 @@ def from_nnx(
         ``nnx.BatchStat`` variables.
 
     Returns:
-      The loss and the parameters, an ``nnx.State`` of ``nnx.Param``. The loss is a pytree whose
+      The loss and the parameters, an ``nnx.State`` of ``nnx.Param``. The loss has its two parts as
+      ``loss.outputs`` and ``loss.criterion`` (see `hessdensity.compose`). It is a pytree whose
       leaves are all other variables, so that a new checkpoint needs no compilation.
 
     Raises:
@@ -58,17 +59,15 @@ def from_nnx(
             "which the loss can be differentiated."
         )
     check_mode(batch_statistics, bool(statistics))
-    return Partial(
-        _NnxLoss(graph, criterion, batch_statistics == "batch"), statistics, rest
-    ), params
+    outputs = Partial(_NnxOutputs(graph, batch_statistics == "batch"), statistics, rest)
+    return compose(outputs, criterion), params
 
 
 @dataclass(frozen=True)
-class _NnxLoss:
-    """The loss without its variables, equal for equal model graphs like `_LinenLoss`."""
+class _NnxOutputs:
+    """The model without its variables, equal for equal model graphs like `_LinenOutputs`."""
 
     graph: Any
-    criterion: Criterion
     train: bool
 
     @property
@@ -76,10 +75,9 @@ class _NnxLoss:
         """Whether batches must not be cut, because the model normalizes by their statistics."""
         return self.train
 
-    def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, batch: PyTree) -> Any:
+    def __call__(self, statistics: PyTree, rest: PyTree, params: PyTree, inputs: PyTree) -> Any:
         from flax import nnx
 
-        inputs, *targets = parts(batch)
         model = nnx.merge(self.graph, params, statistics, rest, copy=True)
         # The model is a copy. Any statistics that the call writes are dropped with it.
         model.set_attributes(deterministic=True, raise_if_not_found=False)
@@ -95,4 +93,4 @@ class _NnxLoss:
                 "chose the other statistics; remove use_running_average from the calls of its "
                 "normalization layers."
             )
-        return self.criterion(outputs, *targets)
+        return outputs

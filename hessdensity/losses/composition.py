@@ -62,7 +62,7 @@ class Composition(NamedTuple):
         )
 
 
-def compose(loss: Loss, params: Vector, batch: PyTree, precision: str | None) -> Composition:
+def examine(loss: Loss, params: Vector, batch: PyTree, precision: str | None) -> Composition:
     """Find the custom rules and the short dtypes of a loss.
 
     Args:

@@ -112,19 +112,19 @@ def is_whole(loss: Any) -> bool:
     return False
 
 
-def as_partial(loss: Loss) -> jax.tree_util.Partial:
-    """The loss as a pytree. Its function is static, and must be hashable."""
-    if not callable(loss):
-        raise TypeError(
-            f"loss is a {type(loss).__name__}; expected a function loss(params, batch)."
-        )
-    if isinstance(loss, jax.tree_util.Partial):
-        return loss
+def as_partial(
+    function: Callable[..., Any], name: str = "loss", call: str = "loss(params, batch)"
+) -> jax.tree_util.Partial:
+    """The loss, or another function, as a pytree. Its code is static, and must be hashable."""
+    if not callable(function):
+        raise TypeError(f"{name} is a {type(function).__name__}; expected a function {call}.")
+    if isinstance(function, jax.tree_util.Partial):
+        return function
     try:
-        hash(loss)
+        hash(function)
     except TypeError:
         raise TypeError(
-            f"loss is a {type(loss).__name__} that cannot be hashed, but compilation needs its "
-            "hash; wrap it in a function, def loss(params, batch): ..."
+            f"{name} is a {type(function).__name__} that cannot be hashed, but compilation needs "
+            f"its hash; wrap it in a function, def {call}: ..."
         ) from None
-    return jax.tree_util.Partial(loss)
+    return jax.tree_util.Partial(function)

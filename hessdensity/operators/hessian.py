@@ -212,7 +212,7 @@ class Hessian:
     def composition(self) -> composition.Composition:
         """The custom derivative rules and the short dtypes of the model. Reads one batch."""
         risk = self.risk
-        return composition.compose(risk.loss, risk.params, risk.first_piece(), risk.precision)
+        return composition.examine(risk.loss, risk.params, risk.first_piece(), risk.precision)
 
     def additivity(self) -> additivity.Additivity:
         """Whether the loss is a mean over examples: the loss of batches against that of parts.
