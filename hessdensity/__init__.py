@@ -16,6 +16,9 @@ from .estimators.top_eigenspace import top_eigenspace as top_eigenspace
 from .estimators.trace import TraceEstimate as TraceEstimate
 from .estimators.trace import trace as trace
 from .krylov import lanczos as lanczos
+from .layers.find import Layer as Layer
+from .layers.find import Layers as Layers
+from .layers.find import find_layers as find_layers
 from .losses.composed import ComposedLoss as ComposedLoss
 from .losses.composed import compose as compose
 from .losses.risk import EmpiricalRisk as EmpiricalRisk

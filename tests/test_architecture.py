@@ -29,6 +29,7 @@ WINGS = [
     "runs",
     "estimators",
     "training",
+    "layers",
     "distributed",
     "demo",
     "__init__",

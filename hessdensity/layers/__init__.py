@@ -1,0 +1,1 @@
+"""The linear layers of a model: their blocks of the Hessian, and its Kronecker factors."""
