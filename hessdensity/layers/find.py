@@ -15,8 +15,8 @@ from hessdensity.text import plural, table
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import PyTree
 
-from .uses import Origin, Use
-from .walker import Walker
+from .tracing import count_examples, find_uses
+from .uses import Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,54 +145,45 @@ def find_layers(outputs: Callable[..., Any], params: PyTree, *inputs: PyTree) ->
       1 other leaf
         b  bias of w
     """
-    examples = count_examples(inputs)
-    uses, others = find_uses(outputs, params, inputs)
     names = trees.paths(params)
     if not names:
         raise ValueError("params has no leaves; expected a pytree of arrays.")
     leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-    reasons = {names[leaf]: list(known) for leaf, known in others.items()}
-    by_part: dict[tuple[str, bytes], list[Use]] = {}
-    for use in uses.values():
-        path = names[use.origin.leaf]
-        if use.example_axis is None:
-            reasons.setdefault(path, []).append("its input does not depend on the examples")
-            continue
-        several = sum(other.origin.leaf == use.origin.leaf for other in uses.values()) > 1
-        part = _entries(use, leaves[path]) if several else b""
-        by_part.setdefault((path, part), []).append(use)
-    parts_of: dict[str, int] = {}
-    for path, _ in by_part:
-        parts_of[path] = parts_of.get(path, 0) + 1
-    layers: dict[str, Layer] = {}
-    for (path, _), same in by_part.items():
-        number = sum(layer.leaf == path for layer in layers.values())
-        label = path if parts_of[path] == 1 else f"{path}[{number}]"
-        layers[label] = _layer(label, tuple(same), leaves, examples)
+    uses, others = find_uses(outputs, params, inputs)
+    layers = _layers(uses, leaves, count_examples(inputs))
     kernels = {layer.leaf for layer in layers.values()}
-    for layer in layers.values():
-        reasons.pop(layer.leaf, None)
-    unused = [name for name in names if name not in kernels and name not in reasons]
-    others_of = {name: ", ".join(reasons[name]) for name in names if name in reasons}
-    others_of.update({name: "not used" for name in unused})
-    return Layers(dict(sorted(layers.items())), others_of)
+    reasons = {name: others.get(leaf, []) for leaf, name in enumerate(names)}
+    for use in uses.values():
+        if use.example_axis is None:
+            reasons[names[use.origin.leaf]].append("its input does not depend on the examples")
+    said = {name: ", ".join(each) or "not used" for name, each in reasons.items()}
+    rest = {name: each for name, each in said.items() if name not in kernels}
+    return Layers(dict(sorted(layers.items())), rest)
+
+
+def _layers(uses: Mapping[str, Use], leaves: Mapping[str, Any], examples: int) -> dict[str, Layer]:
+    """The layers of some uses. Uses of the same entries of the same leaf are one layer."""
+    names = list(leaves)
+    parts: dict[str, dict[bytes, list[Use]]] = {}
+    for use in uses.values():
+        if use.example_axis is not None:
+            path = names[use.origin.leaf]
+            several = sum(other.origin.leaf == use.origin.leaf for other in uses.values()) > 1
+            part = _entries(use, leaves[path]) if several else b""
+            parts.setdefault(path, {}).setdefault(part, []).append(use)
+    layers = {}
+    for path, found in parts.items():
+        for number, same in enumerate(found.values()):
+            label = path if len(found) == 1 else f"{path}[{number}]"
+            layers[label] = _layer(label, tuple(same), leaves, examples)
+    return layers
 
 
 def _layer(path: str, uses: tuple[Use, ...], leaves: Mapping[str, Any], examples: int) -> Layer:
     first = uses[0]
-    shapes = [
-        jax.eval_shape(
-            lambda x, use=use: use.input_rows(x, use.example_axis, examples),
-            jax.ShapeDtypeStruct((*use.scans, *use.x.shape), use.x.dtype),
-        ).shape
-        for use in uses
-    ]
-    outputs = jax.eval_shape(
-        lambda z: first.output_rows(z, first.example_axis, examples),
-        jax.ShapeDtypeStruct((*first.scans, *first.z.shape), first.z.dtype),
-    ).shape
-    *stack, groups, _, _, n = shapes[0]
-    each = math.prod(stack) * groups * outputs[-1]
+    rows = [use.rows_shapes(examples) for use in uses]
+    (*stack, groups, _, _, n), (*_, m) = rows[0]
+    each = math.prod(stack) * groups * m
     biases = {None if use.bias is None else list(leaves)[use.bias] for use in uses}
     bias = biases.pop() if len(biases) == 1 else None
     fits = bias is not None and math.prod(leaves[bias].shape) == each
@@ -200,8 +191,8 @@ def _layer(path: str, uses: tuple[Use, ...], leaves: Mapping[str, Any], examples
         path,
         first.kind,
         n,
-        outputs[-1],
-        sum(shape[-2] for shape in shapes),
+        m,
+        sum(inputs[-2] for inputs, _ in rows),
         groups,
         tuple(stack),
         bias if fits else None,
@@ -214,104 +205,3 @@ def _entries(use: Use, leaf: Any) -> bytes:
     numbers = np.arange(math.prod(leaf.shape), dtype=np.int32).reshape(leaf.shape)
     with jax.ensure_compile_time_eval():
         return np.asarray(use.matrix(jnp.asarray(numbers))).tobytes()
-
-
-def find_uses(
-    outputs: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...]
-) -> tuple[dict[str, Use], dict[int, list[str]]]:
-    """The uses of leaves as kernels, and the operations that use leaves in another way.
-
-    The axis of the examples is the one that is longer if there is one more example.
-    """
-    examples = count_examples(inputs)
-    walker = _walk_shapes(outputs, params, inputs, 0)
-    try:
-        longer = _walk_shapes(outputs, params, inputs, 1).uses
-    except Exception:  # a model that accepts only this number of examples
-        longer = {}
-    for name, use in walker.uses.items():
-        use.example_axis = _example_axis(use, longer.get(name), examples)
-    return walker.uses, walker.others
-
-
-def _example_axis(use: Use, longer: Use | None, examples: int) -> int | None:
-    """The free axis of the input that holds the examples, or None."""
-    lengths = {axis: use.x.shape[axis] for axis in use.free_axes}
-    fitting = [axis for axis, length in lengths.items() if length % examples == 0]
-    if longer is not None and len(longer.x.shape) == len(use.x.shape):
-        fitting = [
-            axis
-            for axis in fitting
-            if longer.x.shape[axis] * examples == lengths[axis] * (examples + 1)
-        ]
-    return fitting[0] if fitting else None
-
-
-def _walk_shapes(
-    outputs: Callable[..., Any], params: PyTree, inputs: tuple[PyTree, ...], more: int
-) -> Walker:
-    """Walk through the model without values, with some more examples."""
-
-    def shape(leaf: Any, more: int = 0) -> jax.ShapeDtypeStruct:
-        array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
-        lead = [array.shape[0] + more, *array.shape[1:]] if array.ndim and more else array.shape
-        return jax.ShapeDtypeStruct(tuple(lead), array.dtype)
-
-    walkers: list[Walker] = []
-
-    def walk(params: PyTree, inputs: tuple[PyTree, ...]) -> None:
-        _, walker = _walk(outputs, params, inputs, {})
-        walkers.append(walker)
-
-    described = jax.tree.map(shape, params)
-    jax.eval_shape(walk, described, jax.tree.map(lambda leaf: shape(leaf, more), inputs))
-    return walkers[0]
-
-
-def run_tapped(
-    outputs: Callable[..., Any],
-    params: PyTree,
-    inputs: tuple[PyTree, ...],
-    taps: dict[str, jax.Array],
-) -> tuple[Any, dict[str, jax.Array]]:
-    """The outputs of a model with taps added to its layers, and the input of each use.
-
-    Taps and inputs have the axes of scans in front.
-    """
-    result, walker = _walk(outputs, params, inputs, taps)
-    return result, walker.inputs
-
-
-def zero_taps(uses: Mapping[str, Use]) -> dict[str, jax.Array]:
-    """A tap of zeros for each use."""
-    return {name: jnp.zeros((*use.scans, *use.z.shape), use.z.dtype) for name, use in uses.items()}
-
-
-def _walk(
-    outputs: Callable[..., Any],
-    params: PyTree,
-    inputs: tuple[PyTree, ...],
-    taps: dict[str, jax.Array],
-) -> tuple[Any, Walker]:
-    closed, shapes = jax.make_jaxpr(outputs, return_shape=True)(params, *inputs)
-    leaves = jax.tree.leaves(params)
-    others = jax.tree.leaves(inputs)
-    walker = Walker(trees.paths(params), taps)
-    origins = [*map(Origin, range(len(leaves))), *[None] * len(others)]
-    found = walker.run(closed.jaxpr, closed.consts, [*leaves, *others], origins)
-    return jax.tree.unflatten(jax.tree.structure(shapes), found.values), walker
-
-
-def count_examples(inputs: tuple[PyTree, ...]) -> int:
-    """The number of examples of a batch of inputs.
-
-    Raises:
-      ValueError: the leaves differ in it, or have no axes.
-    """
-    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(inputs)}
-    if len(lengths) != 1 or () in lengths:
-        raise ValueError(
-            f"inputs: the first axes have the lengths {sorted(lengths)}; expected the number of "
-            "examples in each of them."
-        )
-    return int(lengths.pop()[0])

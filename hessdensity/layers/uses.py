@@ -106,20 +106,18 @@ class Use:
 
     # The input ------------------------------------------------------------------------------------
 
-    def input_rows(self, x: jax.Array, example_axis: int, examples: int) -> jax.Array:
+    def input_rows(self, x: jax.Array, examples: int) -> jax.Array:
         """A recorded input as (*stack, groups, examples, positions, n)."""
-        if self.kind == "dense":
-            return self._rows(self._dense_input, x, example_axis, examples)
-        return self._rows(self._patches, x, example_axis, examples)
+        view = self._dense_input if self.kind == "dense" else self._patches
+        return self._rows(view, x, examples)
 
-    def _dense_input(self, x: jax.Array, example_axis: int, examples: int) -> jax.Array:
+    def _dense_input(self, x: jax.Array, examples: int) -> jax.Array:
         contracted, batch = self._input_axes
-        free = [d for d in range(x.ndim) if d not in contracted and d not in batch]
-        free.remove(example_axis)
-        y = jnp.transpose(x, (*batch, example_axis, *free, *contracted))
+        first, *free = self._examples_first
+        y = jnp.transpose(x, (*batch, first, *free, *contracted))
         return y.reshape(_product(x.shape, batch), examples, -1, _product(x.shape, contracted))
 
-    def _patches(self, x: jax.Array, _: int, examples: int) -> jax.Array:
+    def _patches(self, x: jax.Array, examples: int) -> jax.Array:
         p = self.parameters
         numbers = p["dimension_numbers"]
         groups = p["feature_group_count"]
@@ -142,28 +140,25 @@ class Use:
 
     # The output -----------------------------------------------------------------------------------
 
-    def output_rows(self, z: jax.Array, example_axis: int, examples: int) -> jax.Array:
+    def output_rows(self, z: jax.Array, examples: int) -> jax.Array:
         """An output, or a derivative by it, as (*stack, groups, examples, positions, m)."""
-        if self.kind == "dense":
-            return self._rows(self._dense_output, z, example_axis, examples)
-        return self._rows(self._convolution_output, z, example_axis, examples)
+        view = self._dense_output if self.kind == "dense" else self._convolution_output
+        return self._rows(view, z, examples)
 
-    def _dense_output(self, z: jax.Array, example_axis: int, examples: int) -> jax.Array:
-        contracted, batch = self._input_axes
-        dims = len(self.x.shape)
-        free = [d for d in range(dims) if d not in contracted and d not in batch]
+    def _dense_output(self, z: jax.Array, examples: int) -> jax.Array:
+        free = self.free_axes
         # The axes of the result: batch, the first operand's free ones, the second operand's.
-        num_batch = len(batch)
+        num_batch = len(self._input_axes[1])
         num_kernel = z.ndim - num_batch - len(free)
         first = num_batch if self.kernel_side == 1 else num_batch + num_kernel
         own = {axis: first + place for place, axis in enumerate(free)}
         outputs = [d for d in range(num_batch, z.ndim) if d not in own.values()]
-        others = [own[axis] for axis in free if axis != example_axis]
-        y = jnp.transpose(z, (*range(num_batch), own[example_axis], *others, *outputs))
+        rows = [own[axis] for axis in self._examples_first]
+        y = jnp.transpose(z, (*range(num_batch), *rows, *outputs))
         m = _product(z.shape, outputs)
         return y.reshape(_product(z.shape, range(num_batch)), examples, -1, m)
 
-    def _convolution_output(self, z: jax.Array, _: int, examples: int) -> jax.Array:
+    def _convolution_output(self, z: jax.Array, examples: int) -> jax.Array:
         batch, features, *spatial = self.parameters["dimension_numbers"].out_spec
         groups = self.parameters["feature_group_count"]
         y = jnp.transpose(z, (batch, *spatial, features))
@@ -172,19 +167,20 @@ class Use:
 
     # Shared ---------------------------------------------------------------------------------------
 
+    def rows_shapes(self, examples: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of `input_rows` and `output_rows`."""
+
+        def shape(view: Callable[..., jax.Array], array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+            whole = jax.ShapeDtypeStruct((*self.scans, *array.shape), array.dtype)
+            return jax.eval_shape(lambda each: view(each, examples), whole).shape
+
+        return shape(self.input_rows, self.x), shape(self.output_rows, self.z)
+
     def _rows(
-        self,
-        view: Callable[[jax.Array, int, int], jax.Array],
-        array: jax.Array,
-        example_axis: int,
-        examples: int,
+        self, view: Callable[[jax.Array, int], jax.Array], array: jax.Array, examples: int
     ) -> jax.Array:
         """A view of an array without the axes of scans, applied behind these axes."""
-
-        def one(slice_: jax.Array) -> jax.Array:
-            return view(slice_, example_axis, examples)
-
-        rows = _mapped(one, len(self.scans))(array)
+        rows = _mapped(lambda each: view(each, examples), len(self.scans))(array)
         # Steps of scans that share the kernel are positions.
         stacked = self.origin.stacked
         shared = [axis for axis, own in enumerate(stacked) if not own]
@@ -208,6 +204,11 @@ class Use:
             return [self.parameters["dimension_numbers"].lhs_spec[0]]
         contracted, batch = self._input_axes
         return [d for d in range(len(self.x.shape)) if d not in contracted and d not in batch]
+
+    @property
+    def _examples_first(self) -> list[int]:
+        """The free axes of the input, of which the first holds the examples."""
+        return sorted(self.free_axes, key=lambda axis: axis != self.example_axis)
 
     @property
     def _kernel_axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,7 +11,7 @@ from jax.tree_util import Partial
 
 from hessdensity.vectors.trees import PyTree
 
-from .total import as_partial, is_whole
+from .total import Loss, as_partial, is_whole
 
 Criterion = Callable[..., Any]
 """``criterion(outputs, *targets)``, which returns a mean over the examples or a `Total`."""
@@ -78,16 +78,14 @@ def compose(outputs: Callable[[PyTree, PyTree], Any], criterion: Criterion) -> C
     return ComposedLoss(as_partial(outputs, "outputs", "outputs(params, inputs)"), criterion)
 
 
-def bind(
-    function: Callable[..., Any], loss: Partial | ComposedLoss, *more: PyTree
-) -> Partial | ComposedLoss:
+def bind(function: Callable[..., Any], loss: Loss, *more: PyTree) -> Partial | ComposedLoss:
     """``function(loss, *more, params, batch)`` as a loss, which stays composed if it was.
 
     ``function`` must call ``loss`` with the batch unchanged.
     """
     if isinstance(loss, ComposedLoss):
         return ComposedLoss(Partial(function, loss.outputs, *more), loss.criterion)
-    return Partial(function, loss, *more)
+    return Partial(function, as_partial(loss), *more)
 
 
 def parts(batch: PyTree) -> Sequence[PyTree]:

@@ -30,7 +30,7 @@ from hessdensity.vectors.fingerprint import fingerprint
 from hessdensity.vectors.selection import Where, as_vector, refuse_abstract, select
 from hessdensity.vectors.trees import PyTree, Vector
 
-from .composed import ComposedLoss, bind
+from .composed import bind
 from .kernels import (
     FORWARD_OVER_REVERSE,
     REVERSE_OVER_REVERSE,
@@ -41,7 +41,7 @@ from .kernels import (
     mean_loss,
     refuses_forward,
 )
-from .total import Loss, as_partial, check_loss, is_whole
+from .total import Loss, check_loss, is_whole
 
 logger = logging.getLogger("hessdensity")
 
@@ -96,8 +96,7 @@ class EmpiricalRisk:
         self.params = as_vector(selected)
         # A pytree whose static part compares equal for equal models. The held leaves and statistics
         # are arguments of the compiled programs, so that a new checkpoint needs no compilation.
-        source = loss if isinstance(loss, ComposedLoss) else as_partial(loss)
-        self.loss = bind(self._selection, source, self._held)
+        self.loss = bind(self._selection, loss, self._held)
         self.like = trees.abstract(self.params)
         """Shapes, dtypes and shardings of one vector of parameters."""
         self.precision = precision
