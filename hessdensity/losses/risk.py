@@ -5,10 +5,9 @@ This is the only place that iterates over data. A *kernel* defines the sum:
     kernel(loss, params, batch, *arguments) -> (Total, sums)
 
 ``Total`` is the batch's loss, which the pass compares with the first pass. ``sums`` is a pytree of
-sums over the batch's examples. The risk compiles the kernel once and adds up its sums over all
-batches. It also takes care of everything else: the selection of leaves, placement, microbatches,
-counts, shuffled or changing data, values that are not finite, processes with fewer batches, and
-models that do not allow forward-mode differentiation.
+sums over the batch's examples. The risk compiles the kernel and adds up its sums over all batches.
+It also takes care of the selection of leaves, placement, microbatches, counts, changing data,
+values that are not finite, processes with fewer batches, and models without forward mode.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class EmpiricalRisk:
 
     Args:
       loss: ``loss(params, batch)``, the mean over the batch's examples, or a `Total`.
-      params: pytree of parameters. float16 and bfloat16 leaves become float32.
+      params: pytree of parameters. Leaves of 16 bits become float32.
       data: batches that can be iterated twice.
       where: the leaves that form the vector, as for `Hessian`.
       precision: matrix-product precision, as for ``jax.default_matmul_precision``.
@@ -62,8 +61,8 @@ class EmpiricalRisk:
 
     Raises:
       TypeError: data that cannot be iterated twice; a selected leaf that is not real.
-      ValueError: ``where`` matches nothing; an unknown ``precision``; ``microbatch`` with a loss
-        whose batches must not be cut.
+      ValueError: ``where`` matches nothing, ``precision`` is unknown, or ``microbatch`` is given
+        for a loss of whole batches.
 
     Example:
       >>> from hessdensity.losses import batch_total
@@ -94,8 +93,8 @@ class EmpiricalRisk:
         self._selection = select(params, where)
         selected, self._held = self._selection.split(params)
         self.params = as_vector(selected)
-        # A pytree whose static part compares equal for equal models. The held leaves and statistics
-        # are arguments of the compiled programs, so that a new checkpoint needs no compilation.
+        # A pytree whose static part is equal for equal models. Held leaves and statistics are
+        # arguments of the programs, so that a new checkpoint needs no compilation.
         self.loss = bind(self._selection, loss, self._held)
         self.like = trees.abstract(self.params)
         """Shapes, dtypes and shardings of one vector of parameters."""
