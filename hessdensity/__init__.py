@@ -16,9 +16,15 @@ from .estimators.top_eigenspace import top_eigenspace as top_eigenspace
 from .estimators.trace import TraceEstimate as TraceEstimate
 from .estimators.trace import trace as trace
 from .krylov import lanczos as lanczos
+from .layers.blocks import BlockDiagonal as BlockDiagonal
+from .layers.blocks import layer_hessian as layer_hessian
 from .layers.find import Layer as Layer
 from .layers.find import Layers as Layers
 from .layers.find import find_layers as find_layers
+from .layers.layer_runs import layer_densities as layer_densities
+from .layers.layer_runs import layer_eigenspaces as layer_eigenspaces
+from .layers.partition import LeafSlice as LeafSlice
+from .layers.partition import slices as slices
 from .losses.composed import ComposedLoss as ComposedLoss
 from .losses.composed import compose as compose
 from .losses.risk import EmpiricalRisk as EmpiricalRisk

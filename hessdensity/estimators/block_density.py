@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -24,7 +26,7 @@ class BlockDensityRun(DensityForm):
 
     _engine: BlockKrylovEngine | None = None
 
-    def compute(self) -> None:
+    def compute(self) -> Iterator[None]:
         """Do the steps, and with a tolerance more of them until it is met."""
         like = self._run.operator.like
         starts = random_block(self._key, 0, self._layout.probes_at_once, like)
@@ -32,11 +34,11 @@ class BlockDensityRun(DensityForm):
         self._engine = BlockKrylovEngine(
             like, fresh, starts, self._settings.num_steps, self._layout.basis
         )
-        self._advance(self._engine)
+        yield from self._run.drive(self._engine)
         if self._settings.tolerance is not None:
-            self._refine(self._settings.tolerance)
+            yield from self._refine(self._settings.tolerance)
 
-    def _refine(self, tolerance: float) -> None:
+    def _refine(self, tolerance: float) -> Iterator[None]:
         """Add steps until the error is small. They lower every part of it."""
         assert self._engine is not None
         most = self._settings.max_matvecs or 10 * self._layout.num_matvecs
@@ -48,7 +50,7 @@ class BlockDensityRun(DensityForm):
                 return
             self._run.bar.total = self._run.num_matvecs + cost
             self._engine.extend(self._engine.num_steps + more)
-            self._advance(self._engine)
+            yield from self._run.drive(self._engine)
 
     def _judge(self) -> tuple[tuple[Rule, ...], Accuracy]:
         """The rules of the steps so far, and their accuracy."""

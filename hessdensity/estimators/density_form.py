@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from hessdensity.krylov.engine import Engine
 from hessdensity.runs.plan import MemoryLayout
-from hessdensity.runs.run import Run
+from hessdensity.runs.run import Driver
 from hessdensity.spectra.accuracy import Accuracy
 from hessdensity.spectra.density import SpectralDensity
 from hessdensity.spectra.eigenspace import Eigenspace
@@ -29,7 +29,7 @@ class DensityForm(ABC):
     """
 
     def __init__(
-        self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
+        self, run: Driver, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
     ) -> None:
         self._run = run
         self._key = key
@@ -37,16 +37,12 @@ class DensityForm(ABC):
         self._layout = layout
 
     @abstractmethod
-    def compute(self) -> None:
-        """Do the products."""
+    def compute(self) -> Iterator[None]:
+        """Do the products, and yield after each step."""
 
     @abstractmethod
     def answer(self, keep_eigenspace: bool = False) -> SpectralDensity:
         """The density from the products done so far."""
-
-    def _advance(self, engine: Engine) -> None:
-        for _ in self._run.drive(engine):
-            pass
 
     def _give_up(self, error: Accuracy, tolerance: float, why: str) -> None:
         """End a run that cannot reach its tolerance, and say why."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import jax
 import numpy as np
 
@@ -9,7 +11,7 @@ from hessdensity.krylov import lanczos
 from hessdensity.krylov.lanczos import LanczosState
 from hessdensity.krylov.lanczos_engine import LanczosEngine
 from hessdensity.runs.plan import MemoryLayout
-from hessdensity.runs.run import Run
+from hessdensity.runs.run import Driver
 from hessdensity.spectra import accuracy, deflation
 from hessdensity.spectra.accuracy import Accuracy
 from hessdensity.spectra.density import CONVERGED, SpectralDensity
@@ -27,7 +29,7 @@ class DensityRun(DensityForm):
     """The recurrences of a spectral density: one for deflation, and those of groups of probes."""
 
     def __init__(
-        self, run: Run, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
+        self, run: Driver, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
     ) -> None:
         super().__init__(run, key, settings, layout)
         self._dimension = run.dimension
@@ -45,33 +47,33 @@ class DensityRun(DensityForm):
         self._deflation: LanczosEngine | None = None
         self._groups: list[LanczosEngine] = []  # probes that go through the data together
 
-    def compute(self) -> None:
+    def compute(self) -> Iterator[None]:
         """Do all recurrences, and with a tolerance more of them until it is met."""
-        self._deflate()
-        self._add_probes(self._settings.num_probes)
+        yield from self._deflate()
+        yield from self._add_probes(self._settings.num_probes)
         if self._settings.tolerance is not None:
-            self._refine(self._settings.tolerance, self._settings.max_matvecs)
+            yield from self._refine(self._settings.tolerance, self._settings.max_matvecs)
 
-    def _deflate(self) -> None:
+    def _deflate(self) -> Iterator[None]:
         """Do the deflation run. The probes stay orthogonal to its basis."""
         if self._deflation_steps:
             start = random_block(self._key, _DEFLATION, 1, self._like)
             storage = self._layout.basis
             state = lanczos.init(start, self._deflation_steps, basis_storage=storage)
             self._deflation = LanczosEngine(state)
-            self._advance(self._deflation)
+            yield from self._run.drive(self._deflation)
 
-    def _add_probes(self, more: int) -> None:
+    def _add_probes(self, more: int) -> Iterator[None]:
         """Do ``more`` further probes, as many together as the memory was planned for."""
         while more > 0:
             if self._groups and self._take_turns:
                 last = self._groups[-1]
                 last.state = lanczos.release(last.state)
             together = min(more, self._layout.probes_at_once)
-            self._add_group(together)
+            yield from self._add_group(together)
             more -= together
 
-    def _add_group(self, together: int) -> None:
+    def _add_group(self, together: int) -> Iterator[None]:
         """Do one group of probes, which go through the data together."""
         deflated = None
         norm = 0.0
@@ -92,9 +94,9 @@ class DensityRun(DensityForm):
             operator_norm=norm,
         )
         self._groups.append(LanczosEngine(state))
-        self._advance(self._groups[-1])
+        yield from self._run.drive(self._groups[-1])
 
-    def _refine(self, tolerance: float, max_matvecs: int | None) -> None:
+    def _refine(self, tolerance: float, max_matvecs: int | None) -> Iterator[None]:
         """Add probes or steps of all probes, against the larger error, until the error is small."""
         limit = 10 * self._planned if max_matvecs is None else max_matvecs
         while (error := self._judge(*self._parts())[1]).total > tolerance:
@@ -115,9 +117,9 @@ class DensityRun(DensityForm):
                 return
             self._run.bar.total = self._run.num_matvecs + cost
             if more_probes:
-                self._add_probes(more)
+                yield from self._add_probes(more)
             else:
-                self._lengthen(more)
+                yield from self._lengthen(more)
 
     def _obstacle(
         self,
@@ -146,12 +148,12 @@ class DensityRun(DensityForm):
             return f"max_matvecs={limit} allows no more products"
         return None
 
-    def _lengthen(self, more: int) -> None:
+    def _lengthen(self, more: int) -> Iterator[None]:
         """Add ``more`` steps to all probes, one group after the other."""
         self._num_steps += more
         for group in self._groups:
             group.state = lanczos.extend(group.state, self._num_steps)
-            self._advance(group)
+            yield from self._run.drive(group)
 
     def _parts(self) -> tuple[Tridiagonal | None, list[Tridiagonal]]:
         """The tridiagonal matrices of the steps so far: of the deflation, and of the probes."""

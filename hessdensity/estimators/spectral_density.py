@@ -10,7 +10,7 @@ import jax
 
 from hessdensity.operators.protocol import Operator, check
 from hessdensity.runs.plan import MemoryLayout
-from hessdensity.runs.run import Run
+from hessdensity.runs.run import Driver, Run
 from hessdensity.spectra.density import SpectralDensity
 
 from .block_density import BlockDensityRun
@@ -151,19 +151,24 @@ def spectral_density(
     )
     _check_kept(settings, keep_eigenspace)
     run = Run(operator, settings, key=key, checkpoint=checkpoint, progress=progress)
-    layout = _layout(run, settings, keep_eigenspace)
+    layout = density_layout(run, settings, keep_eigenspace)
     run.total = layout.num_matvecs
-    form: type[DensityForm] = DensityRun
-    if settings.block_size is not None:
-        if layout.basis == "none":
-            settings = settings.without_basis()
-        else:
-            form = BlockDensityRun
-    density = form(run, key, settings, layout)
+    density = density_form(run, key, settings, layout)
     return run.execute(density.compute, functools.partial(density.answer, keep_eigenspace))
 
 
-def _layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> MemoryLayout:
+def density_form(
+    run: Driver, key: jax.Array, settings: DensitySettings, layout: MemoryLayout
+) -> DensityForm:
+    """The computation of a density by these settings, with its bases kept as the layout says."""
+    if settings.block_size is None:
+        return DensityRun(run, key, settings, layout)
+    if layout.basis == "none":
+        return DensityRun(run, key, settings.without_basis(), layout)
+    return BlockDensityRun(run, key, settings, layout)
+
+
+def density_layout(run: Run, settings: DensitySettings, keep_eigenspace: bool) -> MemoryLayout:
     """The first layout of the bases that fits, and with which a resumed run can continue."""
     before = run.steps.decisions
 

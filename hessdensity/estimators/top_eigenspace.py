@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from hessdensity.krylov.restarted import RestartedLanczos
 from hessdensity.operators.protocol import Operator, check
 from hessdensity.runs.plan import MemoryLayout
-from hessdensity.runs.run import Run
+from hessdensity.runs.run import Driver, Run
 from hessdensity.spectra.eigenspace import Eigenspace
 from hessdensity.vectors import trees
 from hessdensity.vectors.fingerprint import fingerprint
@@ -122,25 +123,19 @@ def top_eigenspace(
     n = check(operator, key)
     given = EigenspaceSettings(rank, which, tolerance, block_size, basis_size, max_matvecs)
     settings = given.resolved(n)
-    _check_tolerance(operator, tolerance)
+    check_tolerance(operator, tolerance)
     vectors = start.vectors if isinstance(start, Eigenspace) else start
     others = {"start": None if vectors is None else fingerprint(vectors)}
     run = Run(operator, settings, key=key, others=others, checkpoint=checkpoint, progress=progress)
-    size = _basis_size(run, settings)
+    size = basis_size_of(run, settings)
     engine = RestartedLanczos(operator.like, key, rank, which, tolerance, settings.block_size, size)
     most = settings.max_matvecs or n
 
-    def compute() -> None:
+    def compute() -> Iterator[None]:
         engine.begin(vectors)
-        steps = run.drive(engine)
-        while not engine.complete:
-            if run.num_matvecs + settings.block_size > most:
-                run.stopped = f"max_matvecs={most} reached"
-                return
-            next(steps)
-            if engine.complete and engine.noise is not None:
-                run.stopped = f"the products' noise of {engine.noise:.1g} of the norm is reached"
+        for _ in find_pairs(run, engine, most):
             run.bar.set_postfix_str(f"{engine.num_converged} of {rank} converged")
+            yield
 
     def answer() -> Eigenspace:
         return Eigenspace(
@@ -151,23 +146,39 @@ def top_eigenspace(
         )
 
     space = run.execute(compute, answer)
-    _warn(space, rank, tolerance, run.stopped)
+    warn_of_open_pairs("top_eigenspace", space, rank, tolerance, run.stopped)
     return space
 
 
-def _warn(space: Eigenspace, rank: int, tolerance: float, stopped: str | None) -> None:
+def find_pairs(run: Driver, engine: RestartedLanczos, max_matvecs: int) -> Iterator[None]:
+    """Drive an engine that has begun until it is complete, or stop it, and say why."""
+    steps = run.drive(engine)
+    while not engine.complete:
+        if run.num_matvecs + engine.block_size > max_matvecs:
+            run.stopped = f"max_matvecs={max_matvecs} reached"
+            return
+        next(steps)
+        if engine.complete and engine.noise is not None:
+            run.stopped = f"the products' noise of {engine.noise:.1g} of the norm is reached"
+        yield
+
+
+def warn_of_open_pairs(
+    name: str, space: Eigenspace, rank: int, tolerance: float, stopped: str | None
+) -> None:
     """Log which pairs have not converged, or only to rounding. An interruption is logged before."""
     if (stopped or "").startswith("interrupted"):
         return
     found = space.converged.sum()
     if found < rank:
         reason = stopped or "the space is exhausted"
-        logger.warning("top_eigenspace: %s; %d of %d pairs have converged.", reason, found, rank)
+        logger.warning("%s: %s; %d of %d pairs have converged.", name, reason, found, rank)
     limited = space.converged & (space.residuals > tolerance * np.abs(space.values))
     if limited.any():
         logger.warning(
-            "top_eigenspace: %d of %d pairs have converged only to the rounding error of %s, "
+            "%s: %d of %d pairs have converged only to the rounding error of %s, "
             "because residuals below %.2g cannot be computed for this operator.",
+            name,
             limited.sum(),
             rank,
             trees.scalar_dtype(trees.one_of(space.vectors)),
@@ -175,7 +186,7 @@ def _warn(space: Eigenspace, rank: int, tolerance: float, stopped: str | None) -
         )
 
 
-def _basis_size(run: Run, settings: EigenspaceSettings) -> int:
+def basis_size_of(run: Run, settings: EigenspaceSettings) -> int:
     """The largest size of the basis that fits into memory, or that of the run that is resumed."""
     sizes = settings.basis_sizes(run.dimension)
     found: list[MemoryLayout] = []
@@ -190,7 +201,8 @@ def _basis_size(run: Run, settings: EigenspaceSettings) -> int:
     return int(run.steps.decisions["basis_size"])
 
 
-def _check_tolerance(operator: Operator, tolerance: float) -> None:
+def check_tolerance(operator: Operator, tolerance: float) -> None:
+    """Raise ValueError if residuals cannot be as small as this, or if it is not a share."""
     finest = 32 * trees.epsilon(operator.like)
     if not finest <= tolerance < 1:
         raise ValueError(

@@ -75,7 +75,7 @@ class RestartedLanczos:
     ) -> None:
         self._rank = rank
         self._merit = MERIT[which]
-        self._block_size = block_size
+        self.block_size = block_size
         self._basis_size = basis_size
         fresh, self._key = jax.random.split(key)
         self._z = BlockLanczos(like, fresh)
@@ -98,7 +98,7 @@ class RestartedLanczos:
         With ``start``, one vector of the block is random, unless the block has only one.
         """
         if start is None:
-            self._z.add_random(self._block_size)
+            self._z.add_random(self.block_size)
             return
         given, _ = trees.as_block(start, self._z.like, "start")
         if not bool(trees.all_finite(given)):
@@ -106,14 +106,14 @@ class RestartedLanczos:
                 "start holds entries that are not finite; expected finite vectors, such as those "
                 "of a similar operator."
             )
-        count = max(self._block_size - 1, 1)
+        count = max(self.block_size - 1, 1)
         draw, noise = jax.random.split(self._key)
         normals = jax.random.normal(draw, (count, trees.count(given)))
         factors = np.asarray(normals, float) / np.sqrt(trees.count(given))
         added = random_block(noise, 0, count, self._z.like)
         scaled = trees.scale(added, jax.numpy.full(count, _NOISE))
         self._z.add(trees.add(combine(chunks_of(given), factors, self._z.like), scaled))
-        self._z.add_random(self._block_size - count)
+        self._z.add_random(self.block_size - count)
         self._fewest_passes = _FEWEST_WARM
 
     @property
@@ -190,7 +190,7 @@ class RestartedLanczos:
                 if not open_pairs.size:
                     open_pairs = wanted
                 weight = np.linalg.norm(ritz.coupling[:, open_pairs], axis=1)
-                heaviest = np.argsort(-weight, kind="stable")[: self._block_size]
+                heaviest = np.argsort(-weight, kind="stable")[: self.block_size]
                 self._chosen = self._z.pending[np.sort(heaviest)]
         return self._chosen
 
@@ -231,7 +231,7 @@ class RestartedLanczos:
         # steps.
         sure = ritz.values[ritz.residuals <= judge.targets(ritz.values)]
         copies = np.sum(np.abs(sure[:, None] - values) <= close, axis=0)
-        if unchanged or copies.max() < self._block_size:
+        if unchanged or copies.max() < self.block_size:
             self.complete = True
             return
         self._believed = values
@@ -260,14 +260,14 @@ class RestartedLanczos:
         """Begin a search if it is due, and restart if the next products would not fit."""
         if self._search_begins:
             self._restart_if_full()
-            self._num_newest = min(self._block_size, self._z.room)
+            self._num_newest = min(self.block_size, self._z.room)
             self._z.add_random(self._num_newest)
             self._search_begins = False
         self._restart_if_full()
 
     def _restart_if_full(self) -> None:
         z = self._z
-        size = self._block_size
+        size = self.block_size
         if z.size + min(size, z.room) <= self._basis_size:
             return
         kept = self._kept()
@@ -288,8 +288,8 @@ class RestartedLanczos:
         """
         ritz = self._z.ritz()
         size = np.abs(ritz.values)
-        most = self._basis_size - self._z.pending.size - self._block_size - self._rank
-        room = min((self._basis_size - self._rank - 2 * self._block_size) // 2, most)
+        most = self._basis_size - self._z.pending.size - self.block_size - self._rank
+        room = min((self._basis_size - self._rank - 2 * self.block_size) // 2, most)
         largest = np.argsort(-size, kind="stable")
         far = (ritz.residuals <= _CONVERGED * size) & (size > size[self._wanted()].max())
         kept = largest[far[largest]][: max(room // 2, 0)]

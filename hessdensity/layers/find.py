@@ -153,11 +153,16 @@ def find_layers(outputs: Callable[..., Any], params: PyTree, *inputs: PyTree) ->
     layers = _layers(uses, leaves, count_examples(inputs))
     kernels = {layer.leaf for layer in layers.values()}
     reasons = {name: others.get(leaf, []) for leaf, name in enumerate(names)}
+    layer_of = {use: layer for layer in layers.values() for use in layer.uses}
     for use in uses.values():
         if use.example_axis is None:
-            reasons[names[use.origin.leaf]].append("its input does not depend on the examples")
-    said = {name: ", ".join(each) or "not used" for name, each in reasons.items()}
-    rest = {name: each for name, each in said.items() if name not in kernels}
+            reasons[names[use.origin.leaf]].append("no axis of its input holds the examples")
+        if use.bias is not None:
+            layer, bias = layer_of.get(use), names[use.bias]
+            fits = layer is not None and layer.bias == bias
+            reasons[bias].append(f"bias of {layer.path}" if layer and fits else "add")
+    said = {name: ", ".join(dict.fromkeys(each)) for name, each in reasons.items()}
+    rest = {name: each or "not used" for name, each in said.items() if name not in kernels}
     return Layers(dict(sorted(layers.items())), rest)
 
 

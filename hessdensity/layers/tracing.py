@@ -99,6 +99,7 @@ def _walk(
     walker = Walker(trees.paths(params), taps)
     origins = [*map(Origin, range(len(leaves))), *[None] * len(others)]
     found = walker.run(closed.jaxpr, closed.consts, [*leaves, *others], origins)
+    walker.note(found.origins, "returned by the model")
     return jax.tree.unflatten(jax.tree.structure(shapes), found.values), walker
 
 

@@ -133,7 +133,8 @@ class Use:
             dimension_numbers=lax.ConvDimensionNumbers(
                 numbers.lhs_spec, tuple(range(x.ndim)), last
             ),
-            precision=p["precision"],
+            # This is a convolution with zeros and ones, which must not round its input.
+            precision=lax.Precision.HIGHEST,
         )
         y = y.reshape(examples, -1, groups, y.shape[-1] // groups)
         return jnp.moveaxis(y, 2, 0)
@@ -146,17 +147,22 @@ class Use:
         return self._rows(view, z, examples)
 
     def _dense_output(self, z: jax.Array, examples: int) -> jax.Array:
-        free = self.free_axes
-        # The axes of the result: batch, the first operand's free ones, the second operand's.
         num_batch = len(self._input_axes[1])
-        num_kernel = z.ndim - num_batch - len(free)
-        first = num_batch if self.kernel_side == 1 else num_batch + num_kernel
-        own = {axis: first + place for place, axis in enumerate(free)}
+        own = self._dense_rows
         outputs = [d for d in range(num_batch, z.ndim) if d not in own.values()]
         rows = [own[axis] for axis in self._examples_first]
         y = jnp.transpose(z, (*range(num_batch), *rows, *outputs))
         m = _product(z.shape, outputs)
         return y.reshape(_product(z.shape, range(num_batch)), examples, -1, m)
+
+    @property
+    def _dense_rows(self) -> dict[int, int]:
+        """For each free axis of the input, the axis of the result."""
+        # The axes of the result: batch, the first operand's free ones, the second operand's.
+        num_batch = len(self._input_axes[1])
+        num_kernel = len(self.z.shape) - num_batch - len(self.free_axes)
+        first = num_batch if self.kernel_side == 1 else num_batch + num_kernel
+        return {axis: first + place for place, axis in enumerate(self.free_axes)}
 
     def _convolution_output(self, z: jax.Array, examples: int) -> jax.Array:
         batch, features, *spatial = self.parameters["dimension_numbers"].out_spec
@@ -164,6 +170,13 @@ class Use:
         y = jnp.transpose(z, (batch, *spatial, features))
         y = y.reshape(examples, -1, groups, z.shape[features] // groups)
         return jnp.moveaxis(y, 2, 0)
+
+    @property
+    def output_axes(self) -> set[int]:
+        """The axes of the result that are not examples or positions."""
+        if self.kind == "convolution":
+            return {self.parameters["dimension_numbers"].out_spec[1]}
+        return set(range(len(self.z.shape))) - set(self._dense_rows.values())
 
     # Shared ---------------------------------------------------------------------------------------
 

@@ -23,12 +23,14 @@ from jax.extend import core
 from .uses import Origin, Use
 
 # Operations on a kernel that only move its entries, and those that change only its type or place.
-_MOVES = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "slice"}
+_MOVES = {"reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "unstack"}
 _RESHAPES = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"}
 _KEEPS = {"convert_element_type", "copy", "copy_p", "sharding_constraint", "optimization_barrier"}
-_KEEPS |= {"reduce_precision"}
+_KEEPS |= {"reduce_precision", "device_put", "name"}
 _PRODUCTS = {"dot_general": "dense", "conv_general_dilated": "convolution"}
 _REMAT = {"checkpoint", "remat", "remat2"}
+# Their jaxprs are evaluated several times, or not at all, or on pieces of the operands.
+_CLOSED = {"while", "cond", "shard_map", "xla_pmap", "pallas_call"}
 
 
 class Found(NamedTuple):
@@ -45,7 +47,8 @@ class Found(NamedTuple):
 class _Scope:
     """The variables of one jaxpr: their values, their origins, and the uses that made them."""
 
-    def __init__(self) -> None:
+    def __init__(self, jaxpr: core.Jaxpr) -> None:
+        self._jaxpr = jaxpr
         self.values: dict[Any, Any] = {}
         self.origins: dict[Any, Origin] = {}
         self.made: dict[Any, str] = {}
@@ -67,6 +70,18 @@ class _Scope:
             self.origins[variable] = origin
         if made is not None:
             self.made[variable] = made
+
+    def alone(self, equation: Any) -> tuple[list[Any], Callable[..., list[Any]]]:
+        """The variables of an equation, and the equation as a function of their values."""
+        unique = dict.fromkeys(v for v in equation.invars if not isinstance(v, core.Literal))
+        single = self._jaxpr.replace(
+            constvars=[],
+            invars=list(unique),
+            outvars=equation.outvars,
+            eqns=[equation],
+            effects=equation.effects,
+        )
+        return list(unique), core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))
 
 
 class Walker:
@@ -98,7 +113,7 @@ class Walker:
         made: Sequence[str | None] = (),
     ) -> Found:
         """Evaluate a jaxpr at some values."""
-        scope = _Scope()
+        scope = _Scope(jaxpr)
         for variable, value in zip(jaxpr.constvars, constants, strict=True):
             scope.define(variable, value)
         made = made or [None] * len(values)
@@ -119,7 +134,9 @@ class Walker:
         name = equation.primitive.name
         origins = [scope.origin(v) for v in equation.invars]
         places = [i for i, origin in enumerate(origins) if origin is not None]
-        if not places:
+        if name in _KEEPS:
+            self._keeps(equation, scope, origins)
+        elif not places:
             self._plain(equation, scope)
         elif len(places) == 1 and self._moves(equation, scope, origins[places[0]]):
             pass
@@ -130,15 +147,11 @@ class Walker:
         elif (inner := _inner_jaxpr(equation)) is not None:
             self._descend(equation, scope, inner, origins)
         else:
-            use = next(filter(None, map(scope.maker, equation.invars)), None)
-            if name in ("add", "add_any") and use and len(places) == 1:
-                self.uses[use].bias = origins[places[0]].leaf  # type: ignore[union-attr]
-                self._note(origins, f"bias of {use}")
-            else:
-                self._note(origins, name)
+            if len(places) != 1 or not self._adds_bias(equation, scope, places[0]):
+                self.note(origins, name)
             self._plain(equation, scope)
 
-    def _note(self, origins: Sequence[Origin | None], what: str) -> None:
+    def note(self, origins: Sequence[Origin | None], what: str) -> None:
         """Write down what leaves are used for."""
         for origin in origins:
             if origin is not None:
@@ -148,36 +161,54 @@ class Walker:
 
     def _plain(self, equation: Any, scope: _Scope) -> None:
         """Evaluate an equation as it is. A result that is only moved stays that of its use."""
-        variables, function = _alone(equation)
+        variables, function = scope.alone(equation)
         use = None
-        if equation.primitive.name in _RESHAPES | _KEEPS:
+        if equation.primitive.name in _RESHAPES:
             use = scope.maker(equation.invars[0])
         results = function(*[scope.values[v] for v in variables])
         for variable, value in zip(equation.outvars, results, strict=True):
             scope.define(variable, value, made=use)
 
+    def _keeps(self, equation: Any, scope: _Scope, origins: Sequence[Origin | None]) -> None:
+        """Evaluate an operation, each of whose results is one of its operands."""
+        variables, function = scope.alone(equation)
+        results = function(*[scope.values[v] for v in variables])
+        makers = map(scope.maker, equation.invars)
+        for variable, *known in zip(equation.outvars, results, origins, makers, strict=True):
+            scope.define(variable, *known)
+
     def _moves(self, equation: Any, scope: _Scope, origin: Any) -> bool:
         """Follow a leaf through an operation that only moves its entries, if this is one."""
         name = equation.primitive.name
-        variables, function = _alone(equation)
-        (target, *more) = equation.outvars
-        inputs = [scope.values[v] for v in variables]
-        kept = not more and target.aval.size == equation.invars[0].aval.size
-        if name in _KEEPS:
-            scope.define(target, function(*inputs)[0], origin)
-        elif name in _MOVES or (name == "broadcast_in_dim" and kept and len(inputs) == 1):
-            moved = origin.then(lambda leaf: function(leaf)[0])
-            scope.define(target, function(*inputs)[0], moved)
-        elif name == "split":
-            for place, (piece, value) in enumerate(
-                zip(equation.outvars, function(*inputs), strict=True)
-            ):
-                part = origin.then(lambda leaf, place=place: function(leaf)[place])
-                scope.define(piece, value, part)
-        elif name == "broadcast_in_dim":
-            scope.define(target, function(*inputs)[0], replace(origin, broadcast=True))
-        else:
+        broadcasts = name == "broadcast_in_dim"
+        if name not in _MOVES and not broadcasts:
             return False
+        variables, function = scope.alone(equation)
+        results = function(*[scope.values[v] for v in variables])
+        source, target = equation.invars[0].aval, equation.outvars[0].aval
+        for place, (variable, value) in enumerate(zip(equation.outvars, results, strict=True)):
+            if broadcasts and source.size != target.size:
+                moved = replace(origin, broadcast=True)
+            else:
+                moved = origin.then(lambda leaf, place=place: function(leaf)[place])
+            scope.define(variable, value, moved)
+        return True
+
+    def _adds_bias(self, equation: Any, scope: _Scope, place: int) -> bool:
+        """Whether an operation adds a leaf to the result of a use, as its first bias."""
+        if equation.primitive.name not in ("add", "add_any"):
+            return False
+        origin: Any = scope.origin(equation.invars[place])
+        made_by = scope.maker(equation.invars[1 - place])
+        use = None if made_by is None else self.uses[made_by]
+        if use is None or use.bias is not None:
+            return False
+        if equation.outvars[0].aval.shape == use.z.shape and not origin.broadcast:
+            shape = equation.invars[place].aval.shape
+            own = {axis for axis, length in enumerate(shape) if length > 1}
+            if not own <= use.output_axes:  # it varies over examples or positions
+                return False
+        use.bias = origin.leaf
         return True
 
     def _use(self, equation: Any, scope: _Scope, origin: Any, side: int) -> None:
@@ -188,7 +219,7 @@ class Walker:
         name = f"{path}#{count}" if count else path
         x = scope.value(equation.invars[1 - side])
         kernel = equation.invars[side].aval
-        variables, function = _alone(equation)
+        variables, function = scope.alone(equation)
         (z,) = function(*[scope.values[v] for v in variables])
         self.uses[name] = Use(
             name,
@@ -235,7 +266,7 @@ class Walker:
         settings = {name: equation.params.get(name) for name in ("prevent_cse", "policy")}
         outputs, inputs = jax.checkpoint(body, **settings)(values, self._taps)
         self._take_over(walkers[0], inputs)
-        return Found(outputs, [None] * len(outputs), found[0].made)
+        return Found(outputs, found[0].origins, found[0].made)
 
     def _scan(self, equation: Any, scope: _Scope, origins: Sequence[Origin | None]) -> None:
         """Walk through the body of a scan. Taps and inputs get an axis for its steps."""
@@ -246,7 +277,7 @@ class Walker:
         first = num_constants + num_carry
         constants, initial = values[:num_constants], values[num_constants:first]
         slices = tuple(values[first:])
-        self._note(origins[num_constants:first], "the carry of a scan")
+        self.note(origins[num_constants:first], "the carry of a scan")
         inside = [
             *(origin and origin.inside(False) for origin in origins[:num_constants]),
             *([None] * num_carry),
@@ -259,6 +290,7 @@ class Walker:
             walker = self._inside(taps, (*self._scans, length))
             values = [*constants, *carry, *slice_]
             found = walker.run(inner.jaxpr, inner.consts, values, inside)
+            walker.note(found.origins, "returned by a scan")
             walkers[:] = [walker]
             return tuple(found.values[:num_carry]), (found.values[num_carry:], walker.inputs)
 
@@ -303,7 +335,7 @@ def _is_kernel(equation: Any, origins: Sequence[Origin | None], places: list[int
 
 def _inner_jaxpr(equation: Any) -> Any | None:
     """The jaxpr that an operation evaluates once with its own operands, or None."""
-    if equation.primitive.name in ("while", "cond"):
+    if equation.primitive.name in _CLOSED:
         return None
     found = [
         inner
@@ -316,10 +348,3 @@ def _inner_jaxpr(equation: Any) -> Any | None:
     closed = inner if hasattr(inner, "jaxpr") else core.ClosedJaxpr(inner, ())
     fits = len(closed.jaxpr.invars) == len(equation.invars)
     return closed if fits and len(closed.jaxpr.outvars) == len(equation.outvars) else None
-
-
-def _alone(equation: Any) -> tuple[list[Any], Callable[..., list[Any]]]:
-    """The variables of an equation, and the equation as a function of their values."""
-    variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, core.Literal)))
-    jaxpr = core.Jaxpr((), variables, equation.outvars, [equation], equation.effects)
-    return variables, core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -43,6 +43,32 @@ T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
 
 _ENOUGH_STEPS = 10  # the first steps see little of the asymmetry
+
+
+class Driver(Protocol):
+    """What a computation needs to know of its `Run`, or of its place in one."""
+
+    operator: Any
+    """The operator, of which only ``like`` is used."""
+    dimension: int
+    """n, the number of entries of a vector."""
+    num_matvecs: int
+    """The number of products done so far."""
+    asymmetry: float
+    """How far the products are from symmetric."""
+    stopped: str | None
+    """The reason why the computation ended early, or None."""
+    bar: Any
+    """The progress bar."""
+
+    def drive(self, engine: Engine) -> Iterator[None]:
+        """Do the remaining steps of an engine, and yield after each of them."""
+
+    def stop(self, reason: str) -> None:
+        """Record why the computation ends early, and log it."""
+
+    def describe(self, **more: Any) -> dict[str, Any]:
+        """The ``description`` of the result."""
 
 
 class Run:
@@ -152,14 +178,14 @@ class Run:
         self.num_matvecs += products
         count(self.bar, products, read_back=read_back)
 
-    def execute(self, compute: Callable[[], None], answer: Callable[[], T]) -> T:
-        """Call ``compute()``, and return ``answer()`` even if the computation is interrupted.
+    def execute(self, compute: Callable[[], Iterator[None]], answer: Callable[[], T]) -> T:
+        """Exhaust ``compute()``, and return ``answer()`` even if the computation is interrupted.
 
         After Ctrl-C, the result is that of the steps done so far, and a warning is logged. A
         product that is not finite and SIGTERM raise an exception, with this result as ``partial``.
 
         Args:
-          compute: does the steps, by `drive`.
+          compute: does the steps, by `drive`, and yields after each of them.
           answer: returns the result of the steps done so far.
         """
         self.bar = make_bar(self.computation.replace("_", " "), self.total, self._progress)
@@ -170,7 +196,8 @@ class Run:
             terminable(self._checkpoint),
         ):
             try:
-                compute()
+                for _ in compute():
+                    pass
                 self.steps.check_data()
             except KeyboardInterrupt:
                 if not self.num_matvecs:
@@ -193,10 +220,9 @@ class Run:
         """`execute` with one engine. It is made inside, because it may exhaust the memory."""
         engines: list[E] = []
 
-        def compute() -> None:
+        def compute() -> Iterator[None]:
             engines.append(make())
-            for _ in self.drive(engines[0]):
-                pass
+            yield from self.drive(engines[0])
 
         return self.execute(compute, lambda: answer(engines[0]))
 
