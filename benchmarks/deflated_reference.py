@@ -9,11 +9,11 @@ W1/range of 7.3e-5.
 Answer (2026-11-26), 20 keys:
 
                                              W1/range, worst        L1   trace, rms  found
-    the default, a block of 36 x 5    180   2.35e-05  3.4e-05   0.0025        1.23%  53 to 57
+    the default, a block of 36 x 5    180   2.49e-05  3.8e-05   0.0025        1.23%  53 to 57
     deflation, 90 then 45 x 2         180   2.78e-05  5.6e-05   0.0036        2.13%  42 to 45
     deflation, 80 then 40 x 1         120   3.48e-05  6.0e-05   0.0043        2.62%  40 to 43
 
-The estimated error, 3.6e-05, 3.7e-05 and 5.0e-05 on average, was above the truth in 19, 19 and 18
+The estimated error, 3.8e-05, 3.7e-05 and 5.0e-05 on average, was above the truth in 20, 19 and 18
 runs. The trace's interval held it in 19 runs of each.
 """
 

@@ -18,9 +18,9 @@ Answer (2026-11-26), W1 / range and the trace's error (root mean square) with 18
 
                              plain, 60 x 3      plain, 90 x 2   90, then 45 x 2       block, 36 x 5
     passes                              60                 90               135                  36
-    trained network       1.4e-04  12.39%   1.3e-04  13.40%   2.6e-05   1.97%   2.4e-05   1.34%
-    20 outliers           1.2e-04  11.60%   1.6e-04  18.63%   3.6e-07   0.01%   3.7e-07   0.00%
-    power law             1.6e-04  10.31%   1.5e-04   9.15%   3.1e-05   1.83%   2.1e-05   0.76%
+    trained network       1.4e-04  12.39%   1.3e-04  13.40%   2.6e-05   1.97%   2.6e-05   1.34%
+    20 outliers           1.2e-04  11.60%   1.6e-04  18.63%   3.6e-07   0.01%   2.7e-07   0.00%
+    power law             1.6e-04  10.31%   1.5e-04   9.15%   3.1e-05   1.83%   2.6e-05   0.76%
     zeros, bulk           2.7e-04   4.71%   3.5e-04   4.65%   8.1e-05   1.38%   6.7e-05   1.25%
     multiple outliers     7.6e-04   6.85%   4.0e-04   7.67%   5.2e-04   7.04%   4.2e-04   6.55%
     no outliers           2.6e-03   0.15%   3.2e-03   0.59%   2.9e-03   0.45%   3.0e-03   0.37%
