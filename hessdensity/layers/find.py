@@ -122,7 +122,8 @@ def find_layers(outputs: Callable[..., Any], params: PyTree, *inputs: PyTree) ->
     Args:
       outputs: ``outputs(params, *inputs)``, such as ``loss.outputs`` of an adapter.
       params: pytree of parameters, or of their shapes.
-      inputs: a batch of inputs, or their shapes. Their first axis holds the examples.
+      inputs: a batch of inputs, or their shapes. Their first axis holds the examples. If the model
+        merges the examples with another axis, such as positions, they must come first there.
 
     Returns:
       `Layers`, which maps paths to `Layer`. Its ``others`` has the leaves that are no layer, each
