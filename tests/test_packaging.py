@@ -18,6 +18,8 @@ CITATION = (ROOT / "CITATION.cff").read_text()
 # What can be imported once a distribution is installed. Whoever adds a dependency adds a line.
 PROVIDES = {
     "click": {"click"},
+    "dm-haiku": {"haiku"},
+    "equinox": {"equinox"},
     "flax": {"flax"},
     "grain": {"grain"},
     "ipykernel": {"ipykernel", "IPython"},
