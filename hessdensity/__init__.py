@@ -18,9 +18,12 @@ from .estimators.trace import trace as trace
 from .krylov import lanczos as lanczos
 from .layers.blocks import BlockDiagonal as BlockDiagonal
 from .layers.blocks import layer_hessian as layer_hessian
+from .layers.factors import KroneckerFactors as KroneckerFactors
+from .layers.factors import LayerFactors as LayerFactors
 from .layers.find import Layer as Layer
 from .layers.find import Layers as Layers
 from .layers.find import find_layers as find_layers
+from .layers.kronecker import kronecker_factors as kronecker_factors
 from .layers.layer_runs import layer_densities as layer_densities
 from .layers.layer_runs import layer_eigenspaces as layer_eigenspaces
 from .layers.partition import LeafSlice as LeafSlice

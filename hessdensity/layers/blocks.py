@@ -121,7 +121,7 @@ class BlockDiagonal(Wrapper):
         (count,) = {trees.count(part) for part in parts.values()}
         size = group_size(self.like, count)
         wanted = set(names if needed is None else needed)
-        programs = [each for each in self._programs(size) if wanted & {names[i] for i in each}]
+        programs = [each for each in self.programs(size) if wanted & {names[i] for i in each}]
         calls = [
             {i: trees.split(parts[names[i]], size)[piece] for i in program}
             for program in programs
@@ -154,7 +154,7 @@ class BlockDiagonal(Wrapper):
         )
         return sums, total
 
-    def _programs(self, size: int) -> list[list[int]]:
+    def programs(self, size: int) -> list[list[int]]:
         """The groups of each program. Those of similar size are done at the same time."""
         parts = [trees.size(group.take(self.like)) for group in self.groups.values()]
         order = [int(i) for i in np.argsort(parts, kind="stable")]
@@ -201,7 +201,7 @@ class BlockDiagonal(Wrapper):
             sharding = trees.stacked_sharding(leaf, 1)
             return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=sharding)
 
-        parts = {i: groups[i].take(self.like) for i in self._programs(size)[-1]}
+        parts = {i: groups[i].take(self.like) for i in self.programs(size)[-1]}
         blocks = jax.tree.map(describe, parts)
         risk = self.hessian.risk
         try:

@@ -36,7 +36,11 @@ def batch_total(loss: Loss, params: PyTree, batch: PyTree) -> Total:
 
     The count has no derivative.
     """
-    value = loss(params, batch)
+    return as_total(loss(params, batch), batch)
+
+
+def as_total(value: Any, batch: PyTree) -> Total:
+    """What a loss has returned for a batch, as a `Total`."""
     if isinstance(value, Total):
         return Total(value.sum, jax.lax.stop_gradient(jnp.asarray(value.count)))
     (count,) = set(leading_lengths(batch).values())

@@ -1,0 +1,185 @@
+"""Kernels: sums over a batch of what the Kronecker factors of all layers need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hessdensity.losses import roots
+from hessdensity.losses.composed import ComposedLoss, bind, parts
+from hessdensity.losses.roots import Rows
+from hessdensity.losses.total import Total, as_total
+from hessdensity.operators import gauss_newton
+from hessdensity.vectors.trees import Block, PyTree, Vector
+
+from .find import Layer, find_layers
+from .partition import Group
+from .tracing import count_examples, run_tapped, zero_taps
+from .uses import Use
+
+
+@dataclass(frozen=True)
+class FactorSums:
+    """A kernel: sums over a batch for the factors of some layers.
+
+    For the inputs x of a layer, and the rows r of the criterion's square roots pulled back to its
+    outputs, it adds up over examples and positions: x x^T, x, and sign r r^T.
+    """
+
+    layers: tuple[str, ...]
+    """The paths of the layers."""
+    across: bool
+    """Whether the products of rows of different layers are wanted."""
+    samples: int | None
+    """The number of sampled rows of a call, or None for exact rows."""
+
+    def __call__(
+        self, loss: ComposedLoss, params: Vector, batch: PyTree, rows: jax.Array, first: jax.Array
+    ) -> tuple[Total, Any]:
+        """The batch's loss, and the sums.
+
+        Args:
+          loss: the composed loss.
+          params: the parameters.
+          batch: the batch.
+          rows: the numbers of the rows of the roots that are pulled back, or a key for the sampled
+            ones.
+          first: 1 if this is the first call for the batch, 0 otherwise. The inputs count only then.
+        """
+        inputs, *targets = parts(batch)
+        layers = chosen(loss, params, inputs, self.layers)
+        examples = count_examples((inputs,))
+        uses = {use.name: use for layer in layers for use in layer.uses}
+
+        def tapped(taps: dict[str, jax.Array]) -> tuple[Any, dict[str, jax.Array]]:
+            return run_tapped(loss.outputs, params, (inputs,), taps)
+
+        outputs, pull, recorded = jax.vjp(tapped, zero_taps(uses), has_aux=True)
+        each = roots.example_totals(loss.criterion, outputs, targets)
+        if self.samples is None:
+            root = roots.exact_rows(loss.criterion, outputs, targets, rows)
+        else:
+            key = roots.key_of_batch(rows, each)
+            root = roots.sampled_rows(loss.criterion, outputs, targets, key, self.samples)
+        (pulled,) = jax.vmap(pull)(root.rows)
+        counted = first * (each.count > 0)
+        sums = {
+            "examples": first * jnp.sum(each.count),
+            "each": first * jnp.sum(each.sum),
+            "inputs": {
+                layer.path: _input_sums(layer, recorded, examples, counted) for layer in layers
+            },
+            "outputs": {
+                layer.path: _output_sums(_rows(layer, pulled, examples), root) for layer in layers
+            },
+        }
+        if self.across:
+            sums["across"] = _across(layers, pulled, examples, root)
+        return as_total(loss.criterion(outputs, *targets), batch), sums
+
+
+def chosen(
+    loss: ComposedLoss, params: Vector, inputs: PyTree, paths: tuple[str, ...]
+) -> list[Layer]:
+    """The layers of these paths."""
+    layers = find_layers(loss.outputs, params, inputs)
+    return [layers[path] for path in paths]
+
+
+def _joined(layer: Layer, view: Callable[[Use], jax.Array]) -> jax.Array:
+    """The rows of all uses of a layer, as further positions."""
+    return jnp.concatenate([view(use) for use in layer.uses], axis=-2)
+
+
+def _input_sums(
+    layer: Layer, recorded: dict[str, jax.Array], examples: int, weights: jax.Array
+) -> dict[str, jax.Array]:
+    """Sums over the weighted examples and their positions of x x^T, of x, and of 1."""
+    rows = _joined(layer, lambda use: use.input_rows(recorded[use.name], examples))
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    weights = weights.astype(rows.dtype)
+    weighted = rows * weights[:, None, None]
+    # Products of two-dimensional arrays are the fastest, so that examples and positions are one.
+    flat, other = (each.reshape(*each.shape[:-3], -1, each.shape[-1]) for each in (rows, weighted))
+    return {
+        "square": jnp.einsum("...bi,...bj->...ij", flat, other),
+        "sum": weighted.sum((-3, -2)),
+        "positions": weights.sum() * rows.shape[-2],
+    }
+
+
+def _rows(layer: Layer, pulled: dict[str, jax.Array], examples: int) -> jax.Array:
+    """The rows at a layer's outputs: (rows, *stack, groups, examples, positions, m)."""
+
+    def view(use: Use) -> jax.Array:
+        return jax.vmap(lambda z: use.output_rows(z, examples))(pulled[use.name])
+
+    rows = _joined(layer, view)
+    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+
+
+def _output_sums(rows: jax.Array, root: Rows) -> jax.Array:
+    """The sum over rows, examples and positions of sign r r^T: (*stack, groups, m, m)."""
+    signed = rows * _behind(root.signs, rows)
+    rows, signed = (jnp.moveaxis(each, 0, -4) for each in (rows, signed))
+    flat, other = (each.reshape(*each.shape[:-4], -1, each.shape[-1]) for each in (rows, signed))
+    return jnp.einsum("...bi,...bj->...ij", flat, other)
+
+
+def _across(
+    layers: list[Layer], pulled: dict[str, jax.Array], examples: int, root: Rows
+) -> jax.Array:
+    """The sum of sign r r^T, where r holds the outputs of all layers, summed over positions."""
+    parts = []
+    for layer in layers:
+        rows = jnp.moveaxis(_rows(layer, pulled, examples).sum(-2), -2, 1)
+        parts.append(rows.reshape(*rows.shape[:2], -1))
+    rows = jnp.concatenate(parts, axis=-1)
+    signed = rows * root.signs[..., None].astype(rows.dtype)
+    return jnp.einsum("kbi,kbj->ij", rows, signed)
+
+
+def _behind(signs: jax.Array, rows: jax.Array) -> jax.Array:
+    """Signs (rows, examples), shaped to multiply (rows, *stack, groups, examples, positions, m)."""
+    middle = rows.ndim - 4
+    return signs.reshape(signs.shape[0], *[1] * middle, signs.shape[1], 1, 1).astype(rows.dtype)
+
+
+@dataclass(frozen=True)
+class GaussNewtonBlocks:
+    """A kernel: Gauss-Newton products of blocks of the diagonal, each with its own vectors."""
+
+    groups: tuple[Group, ...]
+    """The groups."""
+
+    def __call__(
+        self, loss: ComposedLoss, params: Vector, batch: PyTree, vectors: dict[int, Block]
+    ) -> tuple[Total, dict[int, Block]]:
+        """The batch's loss, and the products of some groups with their vectors."""
+        found = {}
+        for number, block in vectors.items():
+            group = self.groups[number]
+            own = bind(group, loss, params)
+            assert isinstance(own, ComposedLoss)
+            total, found[number] = gauss_newton.products(own, group.take(params), batch, block)
+        return total, found
+
+
+@partial(jax.jit, static_argnames="paths")
+def non_finite_inputs(
+    loss: ComposedLoss, params: Vector, batch: PyTree, paths: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """For each layer, how many entries of its inputs are not finite."""
+    inputs, *_ = parts(batch)
+    _, recorded = run_tapped(loss.outputs, params, (inputs,), {})
+    return {
+        layer.path: jnp.sum(
+            jnp.array([jnp.sum(~jnp.isfinite(recorded[use.name])) for use in layer.uses])
+        )
+        for layer in chosen(loss, params, inputs, paths)
+    }

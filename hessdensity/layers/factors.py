@@ -1,0 +1,319 @@
+"""Kronecker factors of layers: the Hessian of a layer as E[x x^T] (x) E[M]."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hessdensity.spectra.density import SpectralDensity
+from hessdensity.spectra.eigenspace import Eigenspace
+from hessdensity.spectra.quadrature import Rule
+from hessdensity.text import plural, table
+from hessdensity.vectors import trees
+from hessdensity.vectors.selection import Where, select
+from hessdensity.vectors.trees import Block, Vector
+
+from .find import Layer
+from .kronecker_products import top_products
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """The factors of one layer. Leading axes (*stack, groups) are those of `Layer`."""
+
+    layer: Layer
+    """The layer."""
+    input: np.ndarray
+    """(*stack, groups, n, n) float64: E[sum over positions of x x^T], its autocorrelation.
+
+    The mean is over the examples that have a weight in the loss.
+    """
+    output: np.ndarray
+    """(*stack, groups, m, m) float64: E[M], the mean over examples and positions of the second
+    derivative of the loss by the layer's output."""
+    mean_input: np.ndarray
+    """(*stack, groups, n) float64: the mean of x over examples and positions."""
+    positions: float
+    """The number of positions of an example."""
+    deviation: float | None
+    """|H v - G v| / |H v| for a random v, with the Gauss-Newton matrix G; None if not computed."""
+
+    @property
+    def exact(self) -> bool | None:
+        """Whether the Gauss-Newton matrix of this layer is its Hessian, up to rounding."""
+        return None if self.deviation is None else self.deviation < 1e-3
+
+    def augmented(self) -> np.ndarray:
+        """The autocorrelation of (x; 1): (*stack, groups, n + 1, n + 1)."""
+        column = self.positions * self.mean_input[..., None]
+        corner = np.full((*self.mean_input.shape[:-1], 1, 1), self.positions)
+        below = np.concatenate([np.swapaxes(column, -1, -2), corner], axis=-1)
+        return np.concatenate([np.concatenate([self.input, column], axis=-1), below], axis=-2)
+
+
+class _Place(NamedTuple):
+    """One Kronecker product: that of a layer, a slice of its stack and a group."""
+
+    path: str
+    place: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class KroneckerFactors:
+    """Kronecker factors of layers, as a block-diagonal operator on their kernels and biases.
+
+    With W as a matrix (n, m), a layer's block is E[x x^T] (x) E[M], in this order. Its product with
+    a matrix V is E[x x^T] V E[M]. Its eigenvalues are the products of the eigenvalues of both
+    factors. With a bias, x is (x; 1).
+
+    `kronecker_factors` makes it, and ``print(factors)`` shows a table.
+    """
+
+    layers: Mapping[str, LayerFactors]
+    """The factors of each layer, by path."""
+    whole: Vector
+    """Shapes of the parameters, of which the layers have some leaves."""
+    bias: bool
+    """Whether biases are part of the vectors."""
+    description: dict[str, Any] = field(default_factory=dict)
+    """The settings, and what is known of the data."""
+    across: np.ndarray | None = None
+    """(m1 + m2 + ..., same) float64: E[M] of the outputs of all layers together, or None."""
+
+    # The operator ---------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def like(self) -> Vector:
+        """Shapes and dtypes of one vector: the kernels and biases, and None for other leaves."""
+        kept = set(self._leaves())
+        names = trees.paths(self.whole)
+        leaves = [
+            leaf if name in kept else None
+            for name, leaf in zip(names, jax.tree.leaves(self.whole), strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(self.whole), leaves)
+
+    def _leaves(self) -> Iterator[str]:
+        for factors in self.layers.values():
+            yield factors.layer.leaf
+            if self.bias and factors.layer.bias:
+                yield factors.layer.bias
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        block, single = trees.as_block(vectors, self.like)
+        arrays = {path: self._arrays(path) for path in self.layers}
+        views = {path: self._view(path) for path in self.layers}
+        parts = dict(zip(trees.paths(self.like), jax.tree.leaves(block), strict=True))
+        products = {name: jnp.zeros_like(leaf) for name, leaf in parts.items()}
+        with jax.default_matmul_precision("highest"):
+            for path, view in views.items():
+                own = {name: parts[name] for name in view.leaves}
+                matrix = jax.vmap(view.matrix)(own)
+                left, right = arrays[path]
+                product = left @ matrix @ right
+                for name, leaf in jax.vmap(view.leaves_of)(product).items():
+                    products[name] = products[name] + leaf
+        result = jax.tree.unflatten(jax.tree.structure(self.like), list(products.values()))
+        return trees.first_vector(result) if single else result
+
+    def _arrays(self, path: str) -> tuple[jax.Array, jax.Array]:
+        """The two factors of a layer on the device, in the dtype of its vectors."""
+        factors = self.layers[path]
+        dtype = self._view(path).dtype
+        return jnp.asarray(self._input(path), dtype), jnp.asarray(factors.output, dtype)
+
+    def _input(self, path: str) -> np.ndarray:
+        factors = self.layers[path]
+        return factors.augmented() if self._has_bias(path) else factors.input
+
+    def _has_bias(self, path: str) -> bool:
+        return self.bias and self.layers[path].layer.bias is not None
+
+    def _view(self, path: str) -> _View:
+        layer = self.layers[path].layer
+        shapes = dict(zip(trees.paths(self.whole), jax.tree.leaves(self.whole), strict=True))
+        bias = layer.bias if self._has_bias(path) else None
+        return _View(layer, bias, {name: shapes[name] for name in (layer.leaf, bias) if name})
+
+    def restrict(self, where: Where) -> KroneckerFactors:
+        """The factors of fewer layers: those whose kernel matches ``where``.
+
+        Raises:
+          ValueError: no kernel matches, or ``where`` has no bias although this operator has.
+        """
+        names = trees.paths(self.like)
+        kept = {
+            name for name, own in zip(names, select(self.like, where).chosen, strict=True) if own
+        }
+        layers = {path: f for path, f in self.layers.items() if f.layer.leaf in kept}
+        if not layers:
+            raise ValueError(
+                f"where={where!r} matches no kernel. The layers are: {', '.join(self.layers)}."
+            )
+        biases = any(f.layer.bias in kept for f in layers.values())
+        return KroneckerFactors(layers, self.whole, self.bias and biases, self.description)
+
+    def __getitem__(self, path: str) -> LayerFactors:
+        try:
+            return self.layers[path]
+        except KeyError:
+            raise KeyError(
+                f"layer {path!r} does not exist. The layers are: {', '.join(self.layers)}"
+            ) from None
+
+    @property
+    def input(self) -> dict[str, np.ndarray]:
+        """E[x x^T] of each layer, by path (see `LayerFactors`)."""
+        return {path: factors.input for path, factors in self.layers.items()}
+
+    @property
+    def output(self) -> dict[str, np.ndarray]:
+        """E[M] of each layer, by path."""
+        return {path: factors.output for path, factors in self.layers.items()}
+
+    @property
+    def mean_input(self) -> dict[str, np.ndarray]:
+        """The mean input of each layer, by path."""
+        return {path: factors.mean_input for path, factors in self.layers.items()}
+
+    @property
+    def exact(self) -> dict[str, bool | None]:
+        """For each layer, whether the Gauss-Newton matrix is its Hessian, up to rounding."""
+        return {path: factors.exact for path, factors in self.layers.items()}
+
+    # Spectra --------------------------------------------------------------------------------------
+
+    def eigenvalues(self) -> np.ndarray:
+        """All eigenvalues, (dimension,) float64, in descending order.
+
+        Cost: no products. O(n^3 + m^3) for a layer of n inputs and m outputs.
+        """
+        found = []
+        for path in self.layers:
+            left = np.linalg.eigvalsh(self._input(path))
+            right = np.linalg.eigvalsh(self.layers[path].output)
+            found.append((left[..., :, None] * right[..., None, :]).ravel())
+        return np.sort(np.concatenate(found))[::-1]
+
+    def density(self) -> SpectralDensity:
+        """The spectral density. It has no error, because all eigenvalues are known."""
+        values = self.eigenvalues()[::-1]
+        n = values.size
+        rounding = float(np.finfo(float).eps * np.abs(values).max(initial=0))
+        rule = Rule(values, np.full(n, 1 / n), n, np.full(n, rounding))
+        return SpectralDensity((rule,), n, 0, {"operator": self.describe()})
+
+    def top(self, k: int) -> Eigenspace:
+        """The k largest eigenvalues and their eigenvectors, v (x) u of both factors.
+
+        Of a large factor, only the largest eigenpairs are computed. They suffice if the product of
+        the smallest of them and the largest of the other factor is at most the k-th product found;
+        otherwise more of them are computed. So the result is certain.
+
+        Args:
+          k: the number of pairs, at most the dimension.
+
+        Raises:
+          ValueError: k is out of range.
+
+        Returns:
+          `Eigenspace`. Its vectors are like ``like``.
+
+        Cost: no products.
+        """
+        n = trees.size(self.like)
+        if not 1 <= k <= n:
+            raise ValueError(f"k={k!r}, expected a whole number from 1 to {n:,}, the dimension.")
+        found: list[tuple[float, int, _Place, np.ndarray, np.ndarray]] = []
+        for path in self.layers:
+            left, right = self._input(path), self.layers[path].output
+            for index in np.ndindex(left.shape[:-2]):
+                for value, v, u in top_products(left[index], right[index], k):
+                    found.append((value, len(found), _Place(path, index), v, u))
+        best = heapq.nlargest(k, found, key=lambda each: (each[0], -each[1]))
+        vectors = trees.join([self._eigenvector(place, v, u) for _, _, place, v, u in best])
+        values = np.array([each[0] for each in best])
+        residuals = np.full(k, np.finfo(np.float32).eps * np.abs(values).max())
+        return Eigenspace(values, vectors, residuals, np.ones(k, bool), 0, 0, self.describe())
+
+    def _eigenvector(self, place: _Place, v: np.ndarray, u: np.ndarray) -> Block:
+        """The eigenvector v (x) u of one Kronecker product, as a block of one vector."""
+        view = self._view(place.path)
+        shape = (*self._input(place.path).shape[:-1], self.layers[place.path].layer.outputs)
+        matrix = np.zeros(shape)
+        matrix[place.place] = np.outer(v, u)
+        own = view.leaves_of(jnp.asarray(matrix, view.dtype))
+        leaves = [
+            own.get(name, jnp.zeros(leaf.shape, leaf.dtype))
+            for name, leaf in zip(trees.paths(self.like), jax.tree.leaves(self.like), strict=True)
+        ]
+        return trees.as_single(jax.tree.unflatten(jax.tree.structure(self.like), leaves))
+
+    def describe(self) -> dict[str, Any]:
+        """A description of this operator."""
+        return {"kind": "Kronecker approximation", "layers": list(self.layers), **self.description}
+
+    def __str__(self) -> str:
+        rows = [["layer", "kind", "inputs", "outputs", "largest", "of E[xx^T]", "of E[M]", "note"]]
+        for path, factors in self.layers.items():
+            left = np.linalg.eigvalsh(self._input(path))[..., -1]
+            right = np.linalg.eigvalsh(factors.output)[..., -1]
+            best = int(np.argmax(left * right))
+            ends = float((left * right).ravel()[best]), left.ravel()[best], right.ravel()[best]
+            layer = factors.layer
+            sizes = f"{layer.inputs:,}", f"{layer.outputs:,}"
+            note = _note(factors, self.description.get("factor"))
+            rows.append([path, layer.kind, *sizes, *(f"{end:.4g}" for end in ends), note])
+        n = trees.size(self.like)
+        lines = [f"Kronecker factors of {plural(len(self.layers), 'layer')}, n = {n:,}"]
+        return "\n".join([*lines, *table(rows, left={0, 1, 7})])
+
+
+def _note(factors: LayerFactors, kind: str | None) -> str:
+    """What is special about the factors of a layer."""
+    notes = []
+    if factors.layer.num_uses > 1:
+        notes.append(f"used {factors.layer.num_uses} times, each as further positions")
+    if kind == "gauss-newton" and factors.exact is False:
+        notes.append(f"Gauss-Newton is not the Hessian: off by {factors.deviation:.2g}")
+    return "; ".join(notes)
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The kernel and the bias of a layer as one matrix, with the bias as its last row."""
+
+    layer: Layer
+    bias: str | None
+    shapes: dict[str, Any]
+
+    @property
+    def leaves(self) -> list[str]:
+        """The paths of the leaves."""
+        return list(self.shapes)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the kernel."""
+        return self.shapes[self.layer.leaf].dtype
+
+    def matrix(self, leaves: dict[str, jax.Array]) -> jax.Array:
+        """(*stack, groups, n or n + 1, m) of the leaves."""
+        kernel = self.layer.matrix(leaves[self.layer.leaf])
+        if self.bias is None:
+            return kernel
+        row = leaves[self.bias].reshape(*kernel.shape[:-2], 1, kernel.shape[-1])
+        return jnp.concatenate([kernel, row.astype(kernel.dtype)], axis=-2)
+
+    def leaves_of(self, matrix: jax.Array) -> dict[str, jax.Array]:
+        """The leaves of a matrix: the inverse of `matrix`, with zeros outside of the layer."""
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.shapes.items()}
+        (leaves,) = jax.linear_transpose(self.matrix, shapes)(matrix)
+        return leaves
