@@ -99,7 +99,7 @@ def _joined(layer: Layer, view: Callable[[Use], jax.Array]) -> jax.Array:
 def _input_sums(
     layer: Layer, recorded: dict[str, jax.Array], examples: int, weights: jax.Array
 ) -> dict[str, jax.Array]:
-    """Sums over the weighted examples and their positions of x x^T, of x, and of 1."""
+    """Sums over the weighted examples and their positions of x x^T, of x, of x > 0, and of 1."""
     rows = _joined(layer, lambda use: use.input_rows(recorded[use.name], examples))
     rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
     weights = weights.astype(rows.dtype)
@@ -109,6 +109,7 @@ def _input_sums(
     return {
         "square": jnp.einsum("...bi,...bj->...ij", flat, other),
         "sum": weighted.sum((-3, -2)),
+        "active": jnp.sum((rows > 0) * weights[:, None, None], axis=(-3, -2)),
         "positions": weights.sum() * rows.shape[-2],
     }
 
@@ -183,3 +184,33 @@ def non_finite_inputs(
         )
         for layer in chosen(loss, params, inputs, paths)
     }
+
+
+@partial(jax.jit, static_argnames="paths")
+def mixed_rows(
+    loss: ComposedLoss, params: Vector, batch: PyTree, paths: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """For each layer, how much the inputs of other examples change with the first example.
+
+    The first example takes the values of the second one. The numbers are relative to the largest
+    input. They are 0 if the rows of an example belong to this example alone.
+    """
+    inputs, *_ = parts(batch)
+    examples = count_examples((inputs,))
+    layers = chosen(loss, params, inputs, paths)
+    changed = jax.tree.map(lambda leaf: leaf.at[0].set(leaf[min(1, examples - 1)]), inputs)
+
+    def rows(inputs: PyTree) -> dict[str, jax.Array]:
+        _, recorded = run_tapped(loss.outputs, params, (inputs,), {})
+        return {
+            layer.path: _joined(layer, lambda use: use.input_rows(recorded[use.name], examples))
+            for layer in layers
+        }
+
+    before, after = rows(inputs), rows(changed)
+
+    def change(x: jax.Array, y: jax.Array) -> jax.Array:
+        others = jnp.abs(x - y)[..., 1:, :, :].max(initial=0)
+        return others / jnp.maximum(jnp.abs(x).max(), jnp.finfo(x.dtype).tiny)
+
+    return {path: change(before[path], after[path]) for path in before}

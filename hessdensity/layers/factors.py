@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,42 +21,8 @@ from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where, select
 from hessdensity.vectors.trees import Block, Vector
 
-from .find import Layer
 from .kronecker_products import top_products
-
-
-@dataclass(frozen=True, eq=False)
-class LayerFactors:
-    """The factors of one layer. Leading axes (*stack, groups) are those of `Layer`."""
-
-    layer: Layer
-    """The layer."""
-    input: np.ndarray
-    """(*stack, groups, n, n) float64: E[sum over positions of x x^T], its autocorrelation.
-
-    The mean is over the examples that have a weight in the loss.
-    """
-    output: np.ndarray
-    """(*stack, groups, m, m) float64: E[M], the mean over examples and positions of the second
-    derivative of the loss by the layer's output."""
-    mean_input: np.ndarray
-    """(*stack, groups, n) float64: the mean of x over examples and positions."""
-    positions: float
-    """The number of positions of an example."""
-    deviation: float | None
-    """|H v - G v| / |H v| for a random v, with the Gauss-Newton matrix G; None if not computed."""
-
-    @property
-    def exact(self) -> bool | None:
-        """Whether the Gauss-Newton matrix of this layer is its Hessian, up to rounding."""
-        return None if self.deviation is None else self.deviation < 1e-3
-
-    def augmented(self) -> np.ndarray:
-        """The autocorrelation of (x; 1): (*stack, groups, n + 1, n + 1)."""
-        column = self.positions * self.mean_input[..., None]
-        corner = np.full((*self.mean_input.shape[:-1], 1, 1), self.positions)
-        below = np.concatenate([np.swapaxes(column, -1, -2), corner], axis=-1)
-        return np.concatenate([np.concatenate([self.input, column], axis=-1), below], axis=-2)
+from .layer_factors import KernelView, LayerFactors
 
 
 class _Place(NamedTuple):
@@ -136,11 +103,11 @@ class KroneckerFactors:
     def _has_bias(self, path: str) -> bool:
         return self.bias and self.layers[path].layer.bias is not None
 
-    def _view(self, path: str) -> _View:
+    def _view(self, path: str) -> KernelView:
         layer = self.layers[path].layer
         shapes = dict(zip(trees.paths(self.whole), jax.tree.leaves(self.whole), strict=True))
         bias = layer.bias if self._has_bias(path) else None
-        return _View(layer, bias, {name: shapes[name] for name in (layer.leaf, bias) if name})
+        return KernelView(layer, bias, {name: shapes[name] for name in (layer.leaf, bias) if name})
 
     def restrict(self, where: Where) -> KroneckerFactors:
         """The factors of fewer layers: those whose kernel matches ``where``.
@@ -243,6 +210,74 @@ class KroneckerFactors:
         residuals = np.full(k, np.finfo(np.float32).eps * np.abs(values).max())
         return Eigenspace(values, vectors, residuals, np.ones(k, bool), 0, 0, self.describe())
 
+    def full_eigenspace(self, k: int) -> Eigenspace:
+        """Approximate top eigenvectors of the whole Hessian, across layers.
+
+        An eigenpair (sigma, u) of E[M] of the outputs of all layers together gives the vector w
+        that has u_p (x) E[x_p] in layer p, and the eigenvalue sigma |w|^2. The vectors are
+        orthonormalized in descending order.
+
+        Args:
+          k: the number of pairs.
+
+        Returns:
+          `Eigenspace`, whose residuals are unknown and hence NaN, and which is marked as not
+          converged.
+
+        Raises:
+          ValueError: the factors were computed without ``across=True``, or k is out of range.
+
+        Source: Wu, Zhu, Wu, Wang and Ge (2020).
+        """
+        if self.across is None:
+            raise ValueError(
+                "the outputs of different layers were not combined; compute the factors with "
+                "hd.kronecker_factors(..., across=True)."
+            )
+        if not 1 <= k <= len(self.across):
+            raise ValueError(
+                f"k={k!r}, expected a whole number from 1 to {len(self.across):,}, the outputs of "
+                "all layers."
+            )
+        sigmas, outputs = np.linalg.eigh(self.across)
+        vectors = trees.join([self._across_layers(u) for u in outputs.T[::-1][:k]])
+        rows = trees.ravel(vectors).astype(float)
+        values = sigmas[::-1][:k] * np.sum(rows**2, axis=1)
+        order = np.argsort(values)[::-1]
+        basis = np.linalg.qr(rows[order].T)[0].T
+        return Eigenspace(
+            values[order],
+            trees.unravel(basis, self.like),
+            np.full(k, np.nan),
+            np.zeros(k, bool),
+            0,
+            0,
+            self.describe(),
+        )
+
+    def _across_layers(self, outputs: np.ndarray) -> Block:
+        """The vector with u_p (x) E[x_p] in each layer, as a block of one."""
+        total = trees.zeros(self.like)
+        first = 0
+        for path, factors in self.layers.items():
+            view = self._view(path)
+            mean = factors.mean_input
+            if self._has_bias(path):
+                mean = np.concatenate([mean, np.ones((*mean.shape[:-1], 1))], axis=-1)
+            shape = (*mean.shape[:-1], factors.layer.outputs)
+            part = outputs[first : first + math.prod(shape)].reshape(shape)
+            first += math.prod(shape)
+            matrix = mean[..., :, None] * part[..., None, :]
+            own = view.leaves_of(jnp.asarray(matrix, view.dtype))
+            total = trees.add(total, self._with_zeros(own))
+        return trees.as_single(total)
+
+    def _with_zeros(self, own: dict[str, jax.Array]) -> Vector:
+        """A vector with some leaves, and zeros in the others."""
+        pairs = zip(trees.paths(self.like), jax.tree.leaves(self.like), strict=True)
+        leaves = [own.get(name, jnp.zeros(leaf.shape, leaf.dtype)) for name, leaf in pairs]
+        return jax.tree.unflatten(jax.tree.structure(self.like), leaves)
+
     def _eigenvector(self, place: _Place, v: np.ndarray, u: np.ndarray) -> Block:
         """The eigenvector v (x) u of one Kronecker product, as a block of one vector."""
         view = self._view(place.path)
@@ -250,11 +285,7 @@ class KroneckerFactors:
         matrix = np.zeros(shape)
         matrix[place.place] = np.outer(v, u)
         own = view.leaves_of(jnp.asarray(matrix, view.dtype))
-        leaves = [
-            own.get(name, jnp.zeros(leaf.shape, leaf.dtype))
-            for name, leaf in zip(trees.paths(self.like), jax.tree.leaves(self.like), strict=True)
-        ]
-        return trees.as_single(jax.tree.unflatten(jax.tree.structure(self.like), leaves))
+        return trees.as_single(self._with_zeros(own))
 
     def describe(self) -> dict[str, Any]:
         """A description of this operator."""
@@ -284,36 +315,3 @@ def _note(factors: LayerFactors, kind: str | None) -> str:
     if kind == "gauss-newton" and factors.exact is False:
         notes.append(f"Gauss-Newton is not the Hessian: off by {factors.deviation:.2g}")
     return "; ".join(notes)
-
-
-@dataclass(frozen=True, eq=False)
-class _View:
-    """The kernel and the bias of a layer as one matrix, with the bias as its last row."""
-
-    layer: Layer
-    bias: str | None
-    shapes: dict[str, Any]
-
-    @property
-    def leaves(self) -> list[str]:
-        """The paths of the leaves."""
-        return list(self.shapes)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the kernel."""
-        return self.shapes[self.layer.leaf].dtype
-
-    def matrix(self, leaves: dict[str, jax.Array]) -> jax.Array:
-        """(*stack, groups, n or n + 1, m) of the leaves."""
-        kernel = self.layer.matrix(leaves[self.layer.leaf])
-        if self.bias is None:
-            return kernel
-        row = leaves[self.bias].reshape(*kernel.shape[:-2], 1, kernel.shape[-1])
-        return jnp.concatenate([kernel, row.astype(kernel.dtype)], axis=-2)
-
-    def leaves_of(self, matrix: jax.Array) -> dict[str, jax.Array]:
-        """The leaves of a matrix: the inverse of `matrix`, with zeros outside of the layer."""
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self.shapes.items()}
-        (leaves,) = jax.linear_transpose(self.matrix, shapes)(matrix)
-        return leaves

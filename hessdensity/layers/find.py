@@ -44,6 +44,8 @@ class Layer:
     """The lengths of the scans that take one slice of W in each step."""
     bias: str | None
     """The path of the bias, if there is one."""
+    leaf_shape: tuple[int, ...]
+    """The shape of the leaf that W is a part of."""
     uses: tuple[Use, ...]
     """The places where W is used. A shared layer has several."""
 
@@ -187,6 +189,7 @@ def _layers(uses: Mapping[str, Use], leaves: Mapping[str, Any], examples: int) -
 
 def _layer(path: str, uses: tuple[Use, ...], leaves: Mapping[str, Any], examples: int) -> Layer:
     first = uses[0]
+    names = list(leaves)
     rows = [use.rows_shapes(examples) for use in uses]
     (*stack, groups, _, _, n), (*_, m) = rows[0]
     each = math.prod(stack) * groups * m
@@ -202,6 +205,7 @@ def _layer(path: str, uses: tuple[Use, ...], leaves: Mapping[str, Any], examples
         groups,
         tuple(stack),
         bias if fits else None,
+        tuple(leaves[names[first.origin.leaf]].shape),
         uses,
     )
 

@@ -19,9 +19,10 @@ from hessdensity.vectors.selection import Where, select
 from hessdensity.vectors.trees import PyTree
 
 from .blocks import BlockDiagonal
-from .factor_sums import FactorSums, GaussNewtonBlocks, non_finite_inputs
-from .factors import KroneckerFactors, LayerFactors
+from .factor_sums import FactorSums, GaussNewtonBlocks, mixed_rows, non_finite_inputs
+from .factors import KroneckerFactors
 from .find import Layer, find_layers
+from .layer_factors import LayerFactors
 from .output_hessians import output_hessians
 
 KINDS = ("gauss-newton", "hessian")
@@ -86,7 +87,7 @@ def kronecker_factors(
     Raises:
       TypeError: ``loss`` has no separate outputs and criterion, or its criterion cannot be sampled.
       ValueError: no layer matches, the kind is unknown, the model has too many outputs for exact
-        factors, or the criterion's examples depend on each other.
+        factors, or the examples of a batch depend on each other.
       FloatingPointError: a sum is not finite. The message names the first layer.
 
     Cost: one pass over the data (two with the check for ``exact``). With c outputs, each batch
@@ -114,6 +115,7 @@ def kronecker_factors(
     )
     piece = risk.first_piece()
     layers = _chosen(risk, piece, where)
+    _check_rows(risk, piece, layers)
     samples = num_samples if kind == "gauss-newton" else None
     sums = _sums(risk, piece, layers, samples, across, key)
     _check_examples(risk, sums)
@@ -222,6 +224,20 @@ def _where_not_finite(risk: EmpiricalRisk, paths: tuple[str, ...]) -> str:
     return "The inputs of all layers are finite, so it is behind the last layer."
 
 
+def _check_rows(risk: EmpiricalRisk, piece: PyTree, layers: dict[str, Layer]) -> None:
+    """Raise ValueError if a layer's inputs for one example depend on another example."""
+    with jax.default_matmul_precision(risk.precision):
+        mixed = mixed_rows(risk.loss, risk.params, piece, tuple(layers))
+    for path, change in jax.device_get(mixed).items():
+        if change > _AGREE:
+            raise ValueError(
+                f"layer {path!r}: inputs that are taken for those of one example change by "
+                f"{change:.1g} with another example. Either examples depend on each other, as with "
+                "batch statistics. Or the model has folded its examples behind another axis, such "
+                "as (time, batch) into one axis; put the batch first."
+            )
+
+
 def _check_examples(risk: EmpiricalRisk, sums: dict[str, Any]) -> None:
     """Raise ValueError if the loss is not the sum of the losses of the examples by themselves."""
     mean = risk.describe()["loss"]
@@ -246,6 +262,7 @@ def _layer_factors(
         np.asarray(inputs["square"], float) / examples,
         np.asarray(output, float) / places,
         np.asarray(inputs["sum"], float) / places,
+        np.asarray(inputs["active"], float) / places,
         places / examples,
         deviation,
     )

@@ -61,11 +61,10 @@ def exact_rows(
     indices = jnp.minimum(indices, count - 1)
     if criterion is cross_entropy and outputs.ndim == 2:
         p = jax.nn.softmax(outputs)
-        labels = jnp.asarray(targets[0])
-        mass = jnp.sum(labels, axis=1, keepdims=True) if labels.ndim == 2 else 1.0
+        labels = targets[0]
         unit = jax.nn.one_hot(indices, count, dtype=outputs.dtype)
-        chosen = jnp.sqrt(p * mass).T[indices]
-        rows = chosen[..., None] * (unit[:, None] - p)
+        chosen = jnp.sqrt(p * _mass(outputs, labels)[:, None]).T[indices]
+        rows = chosen[..., None] * (unit[:, None] - p[None])
         signs = jnp.ones(rows.shape[:2], outputs.dtype)
     else:
         eigenvalues, vectors = jnp.linalg.eigh(_hessians(criterion, outputs, targets))
@@ -74,6 +73,14 @@ def exact_rows(
         signs = jnp.sign(chosen)
     rows = jnp.where(valid[:, None, None], rows, 0)
     return Rows(rows.reshape(-1, *outputs.shape), signs)
+
+
+def _mass(logits: jax.Array, labels: PyTree) -> jax.Array:
+    """The sum of the labels of each position of a cross-entropy: (examples, *positions)."""
+    labels = jnp.asarray(labels)
+    if labels.shape == logits.shape:
+        return jnp.sum(labels, axis=-1).astype(logits.dtype)
+    return jnp.ones(logits.shape[:-1], logits.dtype)
 
 
 def _hessians(criterion: Criterion, outputs: jax.Array, targets: Sequence[PyTree]) -> jax.Array:
@@ -103,8 +110,9 @@ def sampled_rows(
 ) -> Rows:
     """Random rows with E[r r^T] = A, divided by the root of their number.
 
-    For cross-entropies, a row is the gradient of the loss at labels that are drawn from the model's
-    own probabilities. For the squared error, it has random signs.
+    For cross-entropies, a row is the gradient of -log p at labels that are drawn from the model's
+    own probabilities, times the root of its weight in the loss. For the squared error, it has
+    random signs.
     """
 
     def row(key: jax.Array) -> jax.Array:
@@ -113,16 +121,17 @@ def sampled_rows(
             return scale * jax.random.rademacher(key, outputs.shape, outputs.dtype)
         drawn = jax.random.categorical(key, outputs)
         if criterion is next_token_cross_entropy:
-            tokens = jnp.concatenate([targets[0][:, :1], drawn[:, :-1]], axis=1)
-            drawn_targets: list[PyTree] = [tokens, *targets[1:]]
-        else:
-            drawn_targets = [drawn]
+            tokens = jnp.concatenate([drawn[:, :1], drawn[:, :-1]], axis=1)
 
-        def loss(outputs: jax.Array) -> jax.Array:
-            value = criterion(outputs, *drawn_targets)
-            return as_total(value, (outputs, *drawn_targets)).sum
+            def loss(outputs: jax.Array) -> jax.Array:
+                return next_token_cross_entropy(outputs, tokens, *targets[1:]).sum
 
-        return jax.grad(loss)(outputs)
+            return jax.grad(loss)(outputs)
+        # The gradient of -log p(drawn) is p - e_drawn. An example's loss is the mean of these over
+        # its positions, each weighted by the sum of its labels.
+        unit = jax.nn.one_hot(drawn, outputs.shape[-1], dtype=outputs.dtype)
+        weights = _mass(outputs, targets[0]) / math.prod(outputs.shape[1:-1])
+        return jnp.sqrt(weights)[..., None] * (jax.nn.softmax(outputs) - unit)
 
     rows = jax.vmap(row)(jax.random.split(key, count)) / math.sqrt(count)
     return Rows(rows, jnp.ones((count, len(outputs)), outputs.dtype))

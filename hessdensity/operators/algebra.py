@@ -1,9 +1,11 @@
-"""Operators made from other operators: wrappers and principal blocks."""
+"""Operators made from other operators: wrappers, differences and principal blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Selection, Where, select
@@ -59,6 +61,30 @@ class CountingOperator(Wrapper):
         product = self._operator @ block
         self._report(trees.count(block))
         return trees.first_vector(product) if single else product
+
+
+class Difference(Wrapper):
+    """The difference A - B of two operators on the same vectors."""
+
+    def __init__(self, a: Operator, b: Operator) -> None:
+        super().__init__(a)
+        self._subtracted = b
+
+    def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
+        block, single = trees.as_block(vectors, self.like)
+        pair = self._operator @ block, self._subtracted @ block
+        product = jax.tree.map(lambda x, y: x - y, *pair)
+        return trees.first_vector(product) if single else product
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "gradient":
+            raise AttributeError("a difference of operators has no loss, hence no gradient")
+        return super().__getattr__(name)
+
+    def describe(self) -> dict[str, Any]:
+        """The descriptions of both operators."""
+        both = {"of": describe(self._operator), "minus": describe(self._subtracted)}
+        return {"kind": "Difference", **both}
 
 
 class Restricted(Wrapper):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,49 @@ def overlap(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> float:
     u, v = _pair(u, v)
     cosines = np.linalg.svd(gram(u, v), compute_uv=False)
     return float(np.mean(np.minimum(cosines, 1) ** 2))
+
+
+class OverlapCurve(NamedTuple):
+    """The overlap of the first k vectors of two spaces, for k = 1 .. K."""
+
+    ranks: np.ndarray
+    """(K,) int: 1 .. K."""
+    overlap: np.ndarray
+    """(K,) float64: |U_k^T V_k|_F^2 / k."""
+    chance: np.ndarray
+    """(K,) float64: k/n, the expected overlap of two random spaces."""
+
+    @property
+    def peak(self) -> int:
+        """The rank with the largest overlap."""
+        return int(self.ranks[np.argmax(self.overlap)])
+
+
+def overlap_curve(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> OverlapCurve:
+    """The overlap of the first k vectors of two spaces, for every k up to the smaller rank.
+
+    Args:
+      u: an `Eigenspace`, or a block of orthonormal vectors.
+      v: another, on vectors of the same structure.
+
+    Raises:
+      ValueError: as for `overlap`.
+
+    Cost: that of one `overlap` with the largest k.
+
+    Example:
+      >>> import numpy as np
+      >>> x, y, z = np.eye(3, dtype=np.float32)
+      >>> curve = overlap_curve(np.stack([x, y]), np.stack([y, x]))
+      >>> curve.overlap.tolist(), curve.peak
+      ([0.0, 1.0], 2)
+    """
+    u, v = _pair(u, v)
+    squares = gram(u, v) ** 2
+    most = min(squares.shape)
+    ranks = np.arange(1, most + 1)
+    inside = np.cumsum(np.cumsum(squares, axis=0), axis=1)[ranks - 1, ranks - 1]
+    return OverlapCurve(ranks, np.minimum(inside / ranks, 1), ranks / trees.dimension(u))
 
 
 def principal_angles(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> np.ndarray:
