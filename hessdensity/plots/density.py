@@ -73,7 +73,7 @@ def plot_density(
     every = _by_name(density, label)
     ax = new_axes(ax, (7, 4))
     before = (ax.get_xlim(), ax.get_ylim()) if ax.has_data() else None
-    scale = shared_scale(ax, lambda: _scale_of(list(every.values()), x_scale), bandwidth)
+    scale = shared_scale(ax, lambda: scale_of(list(every.values()), x_scale), bandwidth)
     coordinate = coordinate_of(x_scale, scale.linear_within)
     x = _grid(list(every.values()), scale.bandwidth, coordinate)
     if eigenvalues is not None:
@@ -173,7 +173,7 @@ def plot_cumulative(
     check_scale(x_scale)
     every = _by_name(density, label)
     ax = new_axes(ax, (7, 4))
-    scale = shared_scale(ax, lambda: _scale_of(list(every.values()), x_scale))
+    scale = shared_scale(ax, lambda: scale_of(list(every.values()), x_scale))
     nodes = np.unique(np.concatenate([each.nodes.ravel() for each in every.values()]))
     linear_within = scale.linear_within
     margin = linear_within if x_scale == "symlog" else 20 * linear_within
@@ -217,7 +217,7 @@ def _by_name(density: Densities, label: str | None) -> dict[str, Measure]:
     return dict(density) if isinstance(density, Mapping) else {label or "": density}
 
 
-def _scale_of(densities: list[Measure], x_scale: XScale) -> Scale:
+def scale_of(densities: list[Measure], x_scale: XScale) -> Scale:
     """The scale of several densities."""
     size = max(abs(end) for density in densities for end in density.extent)
     linear_within = 1e-3 * size or 1.0
