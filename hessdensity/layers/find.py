@@ -70,7 +70,7 @@ class Layer:
 
 
 class Layers(Mapping[str, Layer]):
-    """The linear layers of a model, by path, and the leaves that are none. ``print`` shows both."""
+    """The linear layers of a model, by path. ``print`` shows them, and all other leaves."""
 
     def __init__(self, layers: dict[str, Layer], others: dict[str, str]) -> None:
         self._layers = layers

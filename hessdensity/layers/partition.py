@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -174,6 +173,8 @@ def partition(like: Vector, groups: Groups = None) -> dict[str, Group]:
 
 
 def _slice(name: str, group: LeafSlice, leaf: int, path: str, shape: tuple[int, ...]) -> Piece:
+    check_count(f"groups[{name!r}]: parts", group.parts)
+    check_count(f"groups[{name!r}]: part", group.part, 0, group.parts - 1)
     axis = group.axis + len(shape) if group.axis < 0 else group.axis
     if not 0 <= axis < len(shape) or shape[axis] % group.parts:
         raise ValueError(
@@ -200,8 +201,7 @@ def _check_cover(groups: Mapping[str, Group], names: list[str], leaves: list[Any
     missing = [
         names[i]
         for i, own in owners.items()
-        if sum(jnp.size(leaves[i]) if p.stop is None else _size(p, leaves[i]) for _, p in own)
-        < jnp.size(leaves[i])
+        if sum(_size(piece, leaves[i]) for _, piece in own) < trees.size(leaves[i])
     ]
     if missing:
         raise ValueError(
@@ -218,5 +218,6 @@ def _overlap(a: Piece, b: Piece) -> bool:
 
 
 def _size(piece: Piece, leaf: Any) -> int:
-    assert piece.stop is not None
-    return jnp.size(leaf) // leaf.shape[piece.axis] * (piece.stop - piece.start)
+    if piece.stop is None:
+        return trees.size(leaf)
+    return trees.size(leaf) // leaf.shape[piece.axis] * (piece.stop - piece.start)

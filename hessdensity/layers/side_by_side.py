@@ -129,7 +129,7 @@ class SideBySide:
             self._advance(name)
 
     def _advance(self, name: str) -> None:
-        """Let a computation go on until it waits for a product, or ends."""
+        """Let a computation continue until it waits for a product, or ends."""
         if next(self._computations[name], self) is self:
             self._lanes[name].engine = None
 
