@@ -176,6 +176,9 @@ class BlockDiagonal(Wrapper):
           `Estimate`: the root of the ratio of the mean squared lengths |Bv|^2 and |Hv|^2, with the
           standard error of the delta method.
 
+        Raises:
+          ValueError: the Hessian is zero.
+
         Cost: num_vectors products of each kind, in two passes over the data.
         """
         check_key(key)
@@ -183,10 +186,12 @@ class BlockDiagonal(Wrapper):
         block = random_block(key, 0, num_vectors, self.like)
         own = np.asarray(trees.norm(self @ block), float) ** 2
         whole = np.asarray(trees.norm(self.hessian @ block), float) ** 2
+        if not whole.any():
+            raise ValueError("the Hessian is zero, so the cosine is not defined.")
         ratio = own.mean() / whole.mean()
         spread = np.std(own - ratio * whole, ddof=1) / np.sqrt(num_vectors) / whole.mean()
         value = float(np.sqrt(ratio))
-        error = float(spread / (2 * value))
+        error = float(spread / (2 * value)) if value else 0.0
         return Estimate(value, error, max(value - 1.96 * error, 0.0), min(value + 1.96 * error, 1))
 
     def temporary_bytes(self, num_vectors: int) -> int:

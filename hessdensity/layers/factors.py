@@ -309,7 +309,7 @@ class KroneckerFactors:
 
 def _note(factors: LayerFactors, kind: str | None) -> str:
     """What is special about the factors of a layer."""
-    notes = []
+    notes = [f"also used by {each}" for each in factors.layer.also]
     if factors.layer.num_uses > 1:
         notes.append(f"used {factors.layer.num_uses} times, each as further positions")
     if kind == "gauss-newton" and factors.exact is False:

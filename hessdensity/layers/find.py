@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -48,6 +48,8 @@ class Layer:
     """The shape of the leaf that W is a part of."""
     uses: tuple[Use, ...]
     """The places where W is used. A shared layer has several."""
+    also: tuple[str, ...] = ()
+    """Other operations that use the leaf, as the lookup of a tied embedding does."""
 
     @property
     def num_uses(self) -> int:
@@ -92,7 +94,7 @@ class Layers(Mapping[str, Layer]):
         return len(self._layers)
 
     def __str__(self) -> str:
-        header = ["layer", "kind", "inputs", "outputs", "positions", "copies", "uses", "bias"]
+        header = ["layer", "kind", "inputs", "outputs", "positions", "copies", "uses", "bias", ""]
         rows = [
             [
                 layer.path,
@@ -103,11 +105,12 @@ class Layers(Mapping[str, Layer]):
                 f"{math.prod(layer.stack) * layer.groups:,}",
                 f"{layer.num_uses}",
                 layer.bias or "",
+                f"also used by {', '.join(layer.also)}" if layer.also else "",
             ]
             for layer in self.values()
         ]
         lines = [plural(len(self), "linear layer")]
-        lines += table([header, *rows], left={0, 1, 7}) if rows else []
+        lines += table([header, *rows], left={0, 1, 7, 8}) if rows else []
         if self.others:
             lines += [plural(len(self.others), "other leaf").replace("leafs", "leaves")]
             lines += table(list(self.others.items()), left={0, 1})
@@ -166,6 +169,8 @@ def find_layers(outputs: Callable[..., Any], params: PyTree, *inputs: PyTree) ->
             reasons[bias].append(f"bias of {layer.path}" if layer and fits else "add")
     said = {name: ", ".join(dict.fromkeys(each)) for name, each in reasons.items()}
     rest = {name: each or "not used" for name, each in said.items() if name not in kernels}
+    for path, layer in layers.items():
+        layers[path] = replace(layer, also=tuple(dict.fromkeys(reasons[layer.leaf])))
     return Layers(dict(sorted(layers.items())), rest)
 
 

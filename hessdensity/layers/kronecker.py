@@ -143,7 +143,11 @@ def _chosen(risk: EmpiricalRisk, piece: PyTree, where: Where) -> dict[str, Layer
             f"as follows.\n{layers}"
         )
     shapes = {path: np.zeros(()) for path in layers}
-    chosen = select(shapes, where).chosen
+    try:
+        chosen = select(shapes, where).chosen
+    except ValueError as error:
+        others = "".join(f"\n  {name}: {reason}" for name, reason in layers.others.items())
+        raise ValueError(f"{error}\nThe other leaves are not layers:{others}") from None
     return {path: layers[path] for path, own in zip(sorted(shapes), chosen, strict=True) if own}
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 _DENSE = 1000  # up to this size, all eigenpairs of a factor are computed
-_FIRST = 12  # pairs of a large factor that are computed at first
+_BLOCK = 32  # vectors by which the Krylov space of a large factor grows
+_CONVERGED = 1e-8  # the largest residual of a known pair, as a share of the largest eigenvalue
 
 
 def top_products(
@@ -15,53 +14,101 @@ def top_products(
 ) -> list[tuple[float, np.ndarray, np.ndarray]]:
     """The k largest products of eigenvalues of two symmetric matrices, and the eigenvectors.
 
-    Of a large matrix, some of the largest eigenvalues are computed. They suffice if the smallest of
-    them times the largest of the other matrix is at most the k-th product found. Otherwise twice as
-    many are computed. So the result is certain.
+    Of a large matrix, only the eigenvalues of the largest size are computed. They suffice if the
+    smallest of these sizes times the largest of the other matrix is at most the k-th product found.
+    Otherwise more of them are computed. So the result is certain.
+
+    Args:
+      left: (n, n).
+      right: (m, m).
+      k: the number of products, clipped to n m.
+
+    Returns:
+      For each product, in descending order: its value, the eigenvector of ``left`` (n,), and that
+      of ``right`` (m,).
     """
     k = min(k, left.shape[0] * right.shape[0])
-    count = _FIRST
+    pair = _Factor(left), _Factor(right)
     while True:
-        first, second = _pairs(left, count), _pairs(right, count)
+        first, second = pair
         products = np.outer(first.values, second.values)
         order = np.argsort(products, axis=None)[::-1][:k]
-        rows, columns = np.unravel_index(order, products.shape)
-        found = [
-            (float(products[i, j]), first.vectors[:, i], second.vectors[:, j])
-            for i, j in zip(rows, columns, strict=True)
+        least = float(products.ravel()[order[-1]]) if len(order) == k else -np.inf
+        short = [
+            factor
+            for factor, other in ((first, second), (second, first))
+            if not factor.suffices(least, other)
         ]
-        if (
-            len(found) == k
-            and first.suffice(found[-1][0], second)
-            and second.suffice(found[-1][0], first)
-        ):
-            return found
-        count *= 2
+        if not short:
+            rows, columns = np.unravel_index(order, products.shape)
+            u, v = first.vectors, second.vectors
+            pairs = zip(rows, columns, strict=True)
+            return [(float(products[i, j]), u[:, i], v[:, j]) for i, j in pairs]
+        for factor in short:
+            factor.extend()
 
 
-class _Pairs(NamedTuple):
-    """Eigenpairs of a factor: all of them, or the largest of a large one."""
+class _Factor:
+    """The eigenpairs of a symmetric matrix: all of them, or those of the largest size.
 
-    values: np.ndarray
-    vectors: np.ndarray
-    complete: bool
+    Those of a large matrix come from block Lanczos without restarts: A Q = Q T + N R E^T, where E
+    picks the newest block. A Ritz pair Q s has the residual |R E^T s|.
+    """
 
-    def suffice(self, least: float, other: _Pairs) -> bool:
-        """Whether no pair that is missing here has a product above ``least``."""
+    def __init__(self, matrix: np.ndarray) -> None:
+        self._matrix = matrix
+        self.complete = len(matrix) <= _DENSE
+        self._basis = np.zeros((len(matrix), 0))
+        self._small = np.zeros((0, 0))
+        if self.complete:
+            self.values, self._rotation = np.linalg.eigh(matrix)
+            return
+        start = np.random.default_rng(0).standard_normal((len(matrix), _BLOCK))
+        self._next = np.linalg.qr(start)[0]
+        self.values, self._rotation = np.zeros(0), self._small
+        self.extend()
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The eigenvectors that belong to ``values``, as columns."""
+        return self._rotation if self.complete else self._basis @ self._rotation
+
+    def suffices(self, least: float, other: _Factor) -> bool:
+        """Whether no eigenvalue that is not known can give a product above ``least``."""
         if self.complete:
             return True
-        # The values here are the largest in size.
-        return bool(np.abs(self.values).min() * np.abs(other.values).max() <= least)
+        if not self.values.size:
+            return False
+        return bool(np.abs(self.values).min() * np.abs(other.values).max(initial=0) <= least)
 
+    def extend(self) -> None:
+        """Add blocks to the Krylov space until more eigenpairs are known."""
+        known = self.values.size
+        while self.values.size <= known and not self.complete:
+            self._grow()
 
-def _pairs(matrix: np.ndarray, count: int) -> _Pairs:
-    """The largest eigenpairs of a factor, or all of them if it is small."""
-    from scipy.sparse.linalg import eigsh
-
-    size = len(matrix)
-    if size <= _DENSE or count >= size // 4:
-        values, vectors = np.linalg.eigh(matrix)
-        return _Pairs(values, vectors, True)
-    start = np.random.default_rng(0).standard_normal(size)  # so that every call gives the same
-    values, vectors = eigsh(matrix, count, which="LM", v0=start)
-    return _Pairs(values, vectors, False)
+    def _grow(self) -> None:
+        """Add one block, or compute all eigenpairs if the space is almost as large as the whole."""
+        size = self._basis.shape[1] + _BLOCK
+        if 3 * size > len(self._matrix):
+            self.values, self._rotation = np.linalg.eigh(self._matrix)
+            self.complete = True
+            return
+        self._basis = np.concatenate([self._basis, self._next], axis=1)
+        rest = self._matrix @ self._next
+        column = self._basis.T @ rest
+        small = np.zeros((size, size))
+        small[:-_BLOCK, :-_BLOCK] = self._small
+        small[:, -_BLOCK:] = column
+        small[-_BLOCK:] = column.T
+        self._small = small
+        for _ in range(2):
+            rest = rest - self._basis @ (self._basis.T @ rest)
+        self._next, coupling = np.linalg.qr(rest)
+        values, rotation = np.linalg.eigh(small)
+        order = np.argsort(np.abs(values))[::-1]
+        values, rotation = values[order], rotation[:, order]
+        residuals = np.linalg.norm(coupling @ rotation[-_BLOCK:], axis=0)
+        settled = residuals <= _CONVERGED * np.abs(values[0])
+        count = size if settled.all() else int(np.argmin(settled))
+        self.values, self._rotation = values[:count], rotation[:, :count]
