@@ -82,33 +82,40 @@ class _Factor:
         return bool(np.abs(self.values).min() * np.abs(other.values).max(initial=0) <= least)
 
     def extend(self) -> None:
-        """Add blocks to the Krylov space until more eigenpairs are known."""
+        """Make the Krylov space larger until more eigenpairs are known."""
         known = self.values.size
         while self.values.size <= known and not self.complete:
-            self._grow()
+            size = self._basis.shape[1]
+            wanted = max(4 * _BLOCK, size * 3 // 2)
+            if 2 * wanted > len(self._matrix):
+                self.values, self._rotation = np.linalg.eigh(self._matrix)
+                self.complete = True
+                return
+            while self._basis.shape[1] < wanted:
+                self._grow()
+            self._solve()
 
     def _grow(self) -> None:
-        """Add one block, or compute all eigenpairs if the space is almost as large as the whole."""
-        size = self._basis.shape[1] + _BLOCK
-        if 3 * size > len(self._matrix):
-            self.values, self._rotation = np.linalg.eigh(self._matrix)
-            self.complete = True
-            return
+        """Add one block to the Krylov space."""
+        before = self._basis.shape[1]
         self._basis = np.concatenate([self._basis, self._next], axis=1)
         rest = self._matrix @ self._next
         column = self._basis.T @ rest
-        small = np.zeros((size, size))
-        small[:-_BLOCK, :-_BLOCK] = self._small
-        small[:, -_BLOCK:] = column
-        small[-_BLOCK:] = column.T
+        small = np.zeros((before + _BLOCK, before + _BLOCK))
+        small[:before, :before] = self._small
+        small[:, before:] = column
+        small[before:] = column.T
         self._small = small
         for _ in range(2):
             rest = rest - self._basis @ (self._basis.T @ rest)
-        self._next, coupling = np.linalg.qr(rest)
-        values, rotation = np.linalg.eigh(small)
+        self._next, self._coupling = np.linalg.qr(rest)
+
+    def _solve(self) -> None:
+        """Take the Ritz pairs of the largest sizes, down to the first that has not converged."""
+        values, rotation = np.linalg.eigh(self._small)
         order = np.argsort(np.abs(values))[::-1]
         values, rotation = values[order], rotation[:, order]
-        residuals = np.linalg.norm(coupling @ rotation[-_BLOCK:], axis=0)
+        residuals = np.linalg.norm(self._coupling @ rotation[-_BLOCK:], axis=0)
         settled = residuals <= _CONVERGED * np.abs(values[0])
-        count = size if settled.all() else int(np.argmin(settled))
+        count = values.size if settled.all() else int(np.argmin(settled))
         self.values, self._rotation = values[:count], rotation[:, :count]
