@@ -18,7 +18,11 @@ those that the networks were trained on, hence the loss.
     ResNet-32 82.56%   0.503      296.0        46.1   6.42      -4.53   2786 +- 121            0.728
 
 Most of the gradient lies in the top ten directions, as in the paper for networks without batch
-statistics, but next to nothing of it in the first two: 0.001 (ResNet-20) and 0.066 (ResNet-32)."""
+statistics, but next to nothing of it in the first two: 0.001 (ResNet-20) and 0.066 (ResNet-32).
+
+With `--images 256 --test-images 2000` (2026-11-26), ResNet-20 has a loss of 0.536, lambda_1 188.6,
+lambda_10 51.5, zeta 3.66, smallest -8.27, trace 2060 (1804 to 2317), concentration 0.771. The band
+of its figure shows that 95 products do not resolve the density below 1 in size."""
 
 import argparse
 import time
