@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,6 @@ def decoupling_error(
         part.value / total.value,
         (part.standard_error + part.value / total.value * total.standard_error) / total.value,
         part.lower / total.upper,
-        part.upper / total.lower,
+        part.upper / total.lower if total.lower else math.inf,
     )
     return DecouplingError(spectral, frobenius)
