@@ -39,7 +39,12 @@ class FactorSums:
     """The number of sampled rows of a call, or None for exact rows."""
 
     def __call__(
-        self, loss: ComposedLoss, params: Vector, batch: PyTree, rows: jax.Array, first: jax.Array
+        self,
+        loss: ComposedLoss,
+        params: Vector,
+        batch: PyTree,
+        rows: jax.Array | None,
+        first: jax.Array,
     ) -> tuple[Total, Any]:
         """The batch's loss, and the sums.
 
@@ -48,7 +53,7 @@ class FactorSums:
           params: the parameters.
           batch: the batch.
           rows: the numbers of the rows of the roots that are pulled back, or a key for the sampled
-            ones.
+            ones, or None if only the sums of inputs are wanted.
           first: 1 if this is the first call for the batch, 0 otherwise. The inputs count only then.
         """
         inputs, *targets = parts(batch)
@@ -61,26 +66,37 @@ class FactorSums:
 
         outputs, pull, recorded = jax.vjp(tapped, zero_taps(uses), has_aux=True)
         each = roots.example_totals(loss.criterion, outputs, targets)
-        if self.samples is None:
-            root = roots.exact_rows(loss.criterion, outputs, targets, rows)
-        else:
-            key = roots.key_of_batch(rows, each)
-            root = roots.sampled_rows(loss.criterion, outputs, targets, key, self.samples)
-        (pulled,) = jax.vmap(pull)(root.rows)
-        counted = first * (each.count > 0)
+        counted = first * (each.count > 0).astype(first.dtype)
         sums = {
-            "examples": first * jnp.sum(each.count),
-            "each": first * jnp.sum(each.sum),
+            "examples": first * jnp.sum(each.count).astype(first.dtype),
+            "each": first * jnp.sum(each.sum).astype(first.dtype),
             "inputs": {
                 layer.path: _input_sums(layer, recorded, examples, counted) for layer in layers
             },
-            "outputs": {
-                layer.path: _output_sums(_rows(layer, pulled, examples), root) for layer in layers
-            },
         }
-        if self.across:
-            sums["across"] = _across(layers, pulled, examples, root)
+        if rows is not None:
+            root = self._root(loss, outputs, targets, rows, each)
+            (pulled,) = jax.vmap(pull)(root.rows)
+            sums["outputs"] = {
+                layer.path: _output_sums(_rows(layer, pulled, examples), root) for layer in layers
+            }
+            if self.across:
+                sums["across"] = _across(layers, pulled, examples, root)
         return as_total(loss.criterion(outputs, *targets), batch), sums
+
+    def _root(
+        self,
+        loss: ComposedLoss,
+        outputs: jax.Array,
+        targets: list[PyTree],
+        rows: jax.Array,
+        each: Total,
+    ) -> Rows:
+        """The rows of a call."""
+        if self.samples is None:
+            return roots.exact_rows(loss.criterion, outputs, targets, rows)
+        key = roots.key_of_batch(rows, each)
+        return roots.sampled_rows(loss.criterion, outputs, targets, key, self.samples)
 
 
 def chosen(
@@ -100,18 +116,23 @@ def _input_sums(
     layer: Layer, recorded: dict[str, jax.Array], examples: int, weights: jax.Array
 ) -> dict[str, jax.Array]:
     """Sums over the weighted examples and their positions of x x^T, of x, of x > 0, and of 1."""
-    rows = _joined(layer, lambda use: use.input_rows(recorded[use.name], examples))
-    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    rows = _single(_joined(layer, lambda use: use.input_rows(recorded[use.name], examples)))
     weights = weights.astype(rows.dtype)
-    weighted = rows * weights[:, None, None]
+    column = weights.reshape(*[1] * (rows.ndim - 3), -1, 1, 1)
+    weighted = rows * column
     # Products of two-dimensional arrays are the fastest, so that examples and positions are one.
     flat, other = (each.reshape(*each.shape[:-3], -1, each.shape[-1]) for each in (rows, weighted))
     return {
         "square": jnp.einsum("...bi,...bj->...ij", flat, other),
         "sum": weighted.sum((-3, -2)),
-        "active": jnp.sum((rows > 0) * weights[:, None, None], axis=(-3, -2)),
+        "active": jnp.sum((rows > 0).astype(rows.dtype) * column, axis=(-3, -2)),
         "positions": weights.sum() * rows.shape[-2],
     }
+
+
+def _single(rows: jax.Array) -> jax.Array:
+    """Short numbers in single precision, others as they are."""
+    return rows.astype(jnp.float32) if rows.dtype.itemsize < 4 else rows
 
 
 def _rows(layer: Layer, pulled: dict[str, jax.Array], examples: int) -> jax.Array:
@@ -120,8 +141,7 @@ def _rows(layer: Layer, pulled: dict[str, jax.Array], examples: int) -> jax.Arra
     def view(use: Use) -> jax.Array:
         return jax.vmap(lambda z: use.output_rows(z, examples))(pulled[use.name])
 
-    rows = _joined(layer, view)
-    return rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+    return _single(_joined(layer, view))
 
 
 def _output_sums(rows: jax.Array, root: Rows) -> jax.Array:
@@ -157,6 +177,8 @@ class GaussNewtonBlocks:
 
     groups: tuple[Group, ...]
     """The groups."""
+    mode: str
+    """The mode of differentiation."""
 
     def __call__(
         self, loss: ComposedLoss, params: Vector, batch: PyTree, vectors: dict[int, Block]
@@ -167,7 +189,8 @@ class GaussNewtonBlocks:
             group = self.groups[number]
             own = bind(group, loss, params)
             assert isinstance(own, ComposedLoss)
-            total, found[number] = gauss_newton.products(own, group.take(params), batch, block)
+            part = group.take(params)
+            total, found[number] = gauss_newton.products(own, part, batch, block, self.mode)
         return total, found
 
 

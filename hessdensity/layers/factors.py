@@ -113,7 +113,7 @@ class KroneckerFactors:
         """The factors of fewer layers: those whose kernel matches ``where``.
 
         Raises:
-          ValueError: no kernel matches, or ``where`` has no bias although this operator has.
+          ValueError: no kernel matches, or some biases match while others do not.
         """
         names = trees.paths(self.like)
         kept = {
@@ -125,7 +125,13 @@ class KroneckerFactors:
                 f"where={where!r} matches no kernel. The layers are: {', '.join(self.layers)}."
             )
         biases = any(f.layer.bias in kept for f in layers.values())
-        return KroneckerFactors(layers, self.whole, self.bias and biases, self.description)
+        found = KroneckerFactors(layers, self.whole, self.bias and biases, self.description)
+        if set(trees.paths(found.like)) != kept:
+            raise ValueError(
+                f"where={where!r} matches {', '.join(sorted(kept))}; expected the kernel and bias "
+                "of all its layers, or the kernels alone."
+            )
+        return found
 
     def __getitem__(self, path: str) -> LayerFactors:
         try:

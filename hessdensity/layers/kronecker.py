@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from hessdensity.losses import roots
 from hessdensity.losses.composed import ComposedLoss, parts
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.operators.hessian import Hessian
-from hessdensity.operators.protocol import check_count
+from hessdensity.operators.protocol import check_count, check_key
 from hessdensity.vectors import trees
 from hessdensity.vectors.random import random_block
 from hessdensity.vectors.selection import Where, select
@@ -110,6 +111,9 @@ def kronecker_factors(
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}, expected 'gauss-newton' or 'hessian'.")
     key = jax.random.key(0) if key is None else key
+    check_key(key)
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
     risk = EmpiricalRisk(
         loss, params, data, precision=precision, data_axis=data_axis, microbatch=microbatch
     )
@@ -117,11 +121,13 @@ def kronecker_factors(
     layers = _chosen(risk, piece, where)
     _check_rows(risk, piece, layers)
     samples = num_samples if kind == "gauss-newton" else None
-    sums = _sums(risk, piece, layers, samples, across, key)
+    with_rows = kind == "gauss-newton" or across
+    sums = _sums(risk, piece, layers, samples, across, key, with_rows)
     _check_examples(risk, sums)
-    outputs = sums["outputs"]
     if kind == "hessian":
         outputs = jax.device_get(output_hessians(risk, layers, num_samples, key))
+    else:
+        outputs = sums["outputs"]
     deviations = _deviations(risk, layers, key) if kind == "gauss-newton" else {}
     found = {
         path: _layer_factors(layer, sums, outputs[path], deviations.get(path))
@@ -158,9 +164,13 @@ def _sums(
     num_samples: int | None,
     across: bool,
     key: jax.Array,
+    with_rows: bool,
 ) -> dict[str, Any]:
     """The sums over the data of what the factors need, on the host."""
-    count, kernel, rows = _calls(risk, piece, tuple(layers), num_samples, across, key)
+    count, kernel = 1, FactorSums(tuple(layers), False, None)
+    rows: list[Any] = [None]
+    if with_rows:
+        count, kernel, rows = _calls(risk, piece, tuple(layers), num_samples, across, key)
     arguments = [(each, jnp.asarray(float(not call))) for call, each in enumerate(rows)]
     try:
         (found,), _ = risk.sum_parts(
@@ -189,7 +199,6 @@ def _calls(
     assert isinstance(risk.loss, ComposedLoss)
     criterion = risk.loss.criterion
     if num_samples is not None:
-        check_count("num_samples", num_samples)
         if criterion not in roots.SAMPLED:
             allowed = ", ".join(f"losses.{each.__name__}" for each in roots.SAMPLED)
             raise TypeError(
@@ -273,25 +282,62 @@ def _layer_factors(
 
 
 def _deviations(risk: EmpiricalRisk, layers: dict[str, Layer], key: jax.Array) -> dict[str, float]:
-    """|H v - G v| / |H v| for a random v, of each layer's kernel."""
+    """|H v - G v| / |H v| for a random v, of each layer's kernel.
+
+    H and G are the blocks that belong to the layer. If it is a stack, they belong to its first
+    slice, behind which all others lie: two slices have mixed derivatives, which no factor has.
+    """
     kernels = {layer.leaf for layer in layers.values()}
     own = risk.restrict(kernels.__contains__)
     blocks = BlockDiagonal(Hessian.of(own))
-    vectors = blocks.split(random_block(key, 0, 1, own.like))
+    masks = _masks(layers, blocks)
+    random = blocks.split(random_block(key, 0, trees.count(masks), own.like))
+    vectors = {name: jax.tree.map(jnp.multiply, random[name], masks[name]) for name in masks}
     exact = blocks.multiply(vectors)
     names, groups = list(blocks.groups), tuple(blocks.groups.values())
     calls = [{i: vectors[names[i]] for i in program} for program in blocks.programs(1)]
     (sums,), (count,) = own.sum_parts(
-        GaussNewtonBlocks(groups),
+        GaussNewtonBlocks(groups, own.mode),
         [[(call,) for call in calls]],
         [[None] * len(calls)],
         what="a Gauss-Newton product",
     )
-    found = {}
+    norms, gaps = {}, {}
     for products in sums:
         for i, product in products.items():
-            other = exact[names[i]]
-            gap = jax.tree.map(lambda a, b: a - b / count, other, product)
-            norm = float(trees.norm(other)[0])
-            found[names[i]] = float(trees.norm(gap)[0]) / norm if norm else 0.0
-    return {path: found[layer.leaf] for path, layer in layers.items()}
+            name = names[i]
+            other = jax.tree.map(lambda a, mask: a * mask, exact[name], masks[name])
+            gap = jax.tree.map(lambda a, b, m: a - m * b / count, other, product, masks[name])
+            norms[name], gaps[name] = np.asarray(trees.norm(other)), np.asarray(trees.norm(gap))
+    found = {}
+    for path, layer, place in _places(layers):
+        norm, gap = float(norms[layer.leaf][place]), float(gaps[layer.leaf][place])
+        found[path] = gap / norm if norm else (np.inf if gap else 0.0)
+    return found
+
+
+def _places(layers: dict[str, Layer]) -> Iterator[tuple[str, Layer, int]]:
+    """Each layer, and its number among the layers that have a part of the same leaf."""
+    seen: dict[str, int] = {}
+    for path, layer in layers.items():
+        place = seen.setdefault(layer.leaf, 0)
+        seen[layer.leaf] += 1
+        yield path, layer, place
+
+
+def _masks(layers: dict[str, Layer], blocks: BlockDiagonal) -> dict[str, PyTree]:
+    """For each leaf, a block of vectors: 1 at the entries of each of its layers, 0 elsewhere."""
+    most = 1 + max(place for _, _, place in _places(layers))
+    masks = blocks.split(trees.zeros(blocks.like, most))
+    for _, layer, place in _places(layers):
+        matrix = jnp.zeros(layer.shape).at[(0,) * len(layer.stack)].set(1)
+
+        def put(
+            leaf: jax.Array, layer: Layer = layer, matrix: Any = matrix, place: int = place
+        ) -> jax.Array:
+            like = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+            (mask,) = jax.linear_transpose(layer.matrix, like)(matrix.astype(leaf.dtype))
+            return leaf.at[place].set(mask)
+
+        masks[layer.leaf] = jax.tree.map(put, masks[layer.leaf])
+    return masks

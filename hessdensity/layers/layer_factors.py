@@ -33,7 +33,10 @@ class LayerFactors:
     positions: float
     """The number of positions of an example."""
     deviation: float | None
-    """|H v - G v| / |H v| for a random v, with the Gauss-Newton matrix G; None if not computed."""
+    """|H v - G v| / |H v| for a random v, with the Gauss-Newton matrix G; None if not computed.
+
+    H and G are the blocks of this layer, or of its first slice if it is a stack.
+    """
 
     @property
     def exact(self) -> bool | None:

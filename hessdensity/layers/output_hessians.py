@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hessdensity.krylov.engine import ASYMMETRY
 from hessdensity.losses.composed import ComposedLoss, parts
+from hessdensity.losses.kernels import FORWARD_OVER_REVERSE
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.roots import key_of_batch
 from hessdensity.losses.total import Total, as_total
@@ -36,6 +38,8 @@ class OutputColumns:
     """The path of the layer."""
     sampled: bool
     """Whether the columns are sampled."""
+    mode: str
+    """The mode of differentiation."""
 
     def __call__(
         self,
@@ -69,7 +73,14 @@ class OutputColumns:
             return found, total
 
         taps = zero_taps({use.name: use for use in layer.uses})
-        _, push, total = jax.linearize(gradient, taps, has_aux=True)
+        if self.mode == FORWARD_OVER_REVERSE:
+            _, push, total = jax.linearize(gradient, taps, has_aux=True)
+        else:
+            _, pull, total = jax.vjp(gradient, taps, has_aux=True)
+
+            def push(change: dict[str, jax.Array]) -> dict[str, jax.Array]:
+                return pull(change)[0]
+
         shape = _rows_shape(layer, examples)
         copies, _, positions, m = shape
         if self.sampled:
@@ -81,11 +92,12 @@ class OutputColumns:
         valid = units < (m if self.sampled else copies * positions * m)
 
         def column(copy: Any, position: Any, output: Any, valid: Any) -> jax.Array:
-            weights = signs if self.sampled else _unit(shape, copy, position)
-            rows = weights[..., None] * jax.nn.one_hot(output, m) * valid
+            weights = (signs if self.sampled else _unit(shape, copy, position))[..., None]
+            unit = jax.nn.one_hot(output, m, dtype=weights.dtype) * valid.astype(weights.dtype)
+            rows = weights * unit[None, None, None]
             product = _to_rows(layer, push(_to_taps(layer, rows, examples)), examples)
-            sums = (product * weights[..., None]).sum((1, 2))  # (copies, m)
-            return sums[..., None] * jax.nn.one_hot(output, m)
+            sums = (product * weights.astype(product.dtype)).sum((1, 2))  # (copies, m)
+            return sums[..., None] * unit.astype(sums.dtype)[None, None]
 
         columns = jax.vmap(column)(copy, position, output, valid)
         return total, columns.sum(0)
@@ -94,7 +106,7 @@ class OutputColumns:
 def _unit(shape: tuple[int, ...], copy: Any, position: Any) -> jax.Array:
     """1 for one copy and position, for all examples: (copies, examples, positions)."""
     copies, examples, positions, _ = shape
-    one = jax.nn.one_hot(copy, copies)[:, None] * jax.nn.one_hot(position, positions)
+    one = jax.nn.one_hot(copy, copies)[:, None] * jax.nn.one_hot(position, positions)[None]
     return jnp.broadcast_to(one[:, None], (copies, examples, positions))
 
 
@@ -142,17 +154,37 @@ def output_hessians(
             )
         calls = -(-units // _COLUMNS)
         each = -(-units // calls)
-        kernel = OutputColumns(path, num_samples is not None)
         arguments = [
             (jnp.arange(call * each, (call + 1) * each), jax.random.fold_in(key, number * 1000 + i))
             for i in range(num_samples or 1)
             for call in range(calls)
         ]
-        (sums,), _ = risk.sum_parts(
-            kernel, [arguments], [[None] * len(arguments)], what="a Hessian-vector product"
-        )
+
+        def compute(
+            mode: str, path: str = path, arguments: list[Any] = arguments
+        ) -> list[jax.Array]:
+            kernel = OutputColumns(path, num_samples is not None, mode)
+            zeros = [[None] * len(arguments)]
+            (sums,), _ = risk.sum_parts(kernel, [arguments], zeros, what="a Hessian-vector product")
+            return sums
+
+        # Sampled sums are symmetric on average only.
+        verify = _check_symmetry if num_samples is None else lambda *_: None
+        sums = risk.differentiate(compute, verify)
         total = sum(sums[1:], sums[0]) / (num_samples or 1)
         found[path] = ((total + jnp.swapaxes(total, -1, -2)) / 2).reshape(
             *layer.stack, layer.groups, m, m
         )
     return found
+
+
+def _check_symmetry(sums: list[jax.Array], cause: TypeError) -> None:
+    """Refuse a custom_vjp rule that is not a derivative of a function."""
+    total = sum(sums[1:], sums[0])
+    gap = jnp.linalg.norm(total - jnp.swapaxes(total, -1, -2))
+    if gap > ASYMMETRY * jnp.linalg.norm(total):
+        raise ValueError(
+            "loss: a custom_vjp rule in the model is not the derivative of a function that can be "
+            "differentiated twice, so there is no Hessian. Use kind='gauss-newton', or leave the "
+            "rule out of the loss."
+        ) from cause
