@@ -166,9 +166,12 @@ class KroneckerFactors:
     def eigenvalues(self) -> np.ndarray:
         """All eigenvalues, (dimension,) float64, in descending order.
 
+        Raises:
+          ValueError: two layers share entries, as tied weights do.
+
         Cost: no products. O(n^3 + m^3) for a layer of n inputs and m outputs.
         """
-        found = []
+        found = [np.zeros(self._num_outside())]
         for path in self.layers:
             left = np.linalg.eigvalsh(self._input(path))
             right = np.linalg.eigvalsh(self.layers[path].output)
@@ -191,17 +194,18 @@ class KroneckerFactors:
         otherwise more of them are computed. So the result is certain.
 
         Args:
-          k: the number of pairs, at most the dimension.
+          k: the number of pairs, at most the dimension. Entries that are in no layer, whose
+            eigenvalue is 0, do not count.
 
         Raises:
-          ValueError: k is out of range.
+          ValueError: k is out of range, or two layers share entries, as tied weights do.
 
         Returns:
           `Eigenspace`. Its vectors are like ``like``.
 
         Cost: no products.
         """
-        n = trees.size(self.like)
+        n = trees.size(self.like) - self._num_outside()
         if not 1 <= k <= n:
             raise ValueError(f"k={k!r}, expected a whole number from 1 to {n:,}, the dimension.")
         found: list[tuple[float, int, _Place, np.ndarray, np.ndarray]] = []
@@ -283,6 +287,23 @@ class KroneckerFactors:
         pairs = zip(trees.paths(self.like), jax.tree.leaves(self.like), strict=True)
         leaves = [own.get(name, jnp.zeros(leaf.shape, leaf.dtype)) for name, leaf in pairs]
         return jax.tree.unflatten(jax.tree.structure(self.like), leaves)
+
+    def _num_outside(self) -> int:
+        """The number of entries of a vector that are in no layer."""
+        leaves = zip(trees.paths(self.like), jax.tree.leaves(self.like), strict=True)
+        counts = {name: np.zeros(leaf.shape) for name, leaf in leaves}
+        for path in self.layers:
+            view = self._view(path)
+            shape = (*self._input(path).shape[:-1], self.layers[path].layer.outputs)
+            for name, own in view.leaves_of(jnp.ones(shape, view.dtype)).items():
+                counts[name] += np.asarray(own)
+                if counts[name].max(initial=0) > 1:
+                    raise ValueError(
+                        f"layer {path!r} shares entries of {name!r} with another layer, so that "
+                        "the eigenvalues are not products of those of the factors. Leave one of "
+                        "them out (where=, bias=False), or use hd.spectral_density(factors, key)."
+                    )
+        return sum(int(np.sum(count == 0)) for count in counts.values())
 
     def _eigenvector(self, place: _Place, v: np.ndarray, u: np.ndarray) -> Block:
         """The eigenvector v (x) u of one Kronecker product, as a block of one vector."""

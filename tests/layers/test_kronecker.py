@@ -685,6 +685,39 @@ def test_eigenvalues_top_and_density_are_those_of_the_dense_matrix(bias):
         np.testing.assert_allclose(rows @ exact, space.values[:, None] * rows, atol=1e-12 * scale)
 
 
+def linear_factors(outputs, **shapes):
+    """The factors of a function of parameters with these shapes, with random numbers in them."""
+    params = {name: normal(*shape) for name, shape in shapes.items()}
+    loss = hd.compose(outputs, losses.mean_squared_error)
+    return hd.kronecker_factors(loss, params, [(normal(6, 4, seed=1), normal(6, 3))])
+
+
+def test_entries_in_no_layer_have_the_eigenvalue_zero():
+    factors = linear_factors(lambda p, x: x @ p["w"][:4], w=(6, 3))
+    values = np.linalg.eigvalsh(hd.dense(factors))[::-1]
+    np.testing.assert_allclose(factors.eigenvalues(), values, atol=1e-13)
+    np.testing.assert_allclose(factors.top(12).values, values[:12], atol=1e-13)
+    with pytest.raises(ValueError, match="k=13, expected a whole number from 1 to 12"):
+        factors.top(13)
+
+
+def test_layers_that_share_entries_have_products_but_no_eigenvalues():
+    def tied(p, x):
+        return (x @ p["w"] @ p["w"].T)[:, :3]
+
+    def same_bias(p, x):
+        return (x @ p["v"] + p["b"][None]) @ p["w"] + p["b"][None]
+
+    for factors, leaf in (
+        (linear_factors(tied, w=(4, 5)), "w"),
+        (linear_factors(same_bias, v=(4, 3), w=(3, 3), b=(3,)), "b"),
+    ):
+        assert np.abs(hd.dense(factors)).max() > 0.1
+        for compute in (factors.eigenvalues, factors.density, lambda f=factors: f.top(1)):
+            with pytest.raises(ValueError, match=rf"shares entries of '{leaf}' with another layer"):
+                compute()
+
+
 @pytest.mark.parametrize("k", [0, 27, -1])
 def test_pairs_that_do_not_exist_are_refused(k):
     with pytest.raises(ValueError, match=f"k={k}, expected a whole number from 1 to 25"):
