@@ -70,7 +70,7 @@ class KroneckerFactors:
     def _leaves(self) -> Iterator[str]:
         for factors in self.layers.values():
             yield factors.layer.leaf
-            if self.bias and factors.layer.bias:
+            if self.bias and factors.layer.bias is not None:
                 yield factors.layer.bias
 
     def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
@@ -107,7 +107,9 @@ class KroneckerFactors:
         layer = self.layers[path].layer
         shapes = dict(zip(trees.paths(self.whole), jax.tree.leaves(self.whole), strict=True))
         bias = layer.bias if self._has_bias(path) else None
-        return KernelView(layer, bias, {name: shapes[name] for name in (layer.leaf, bias) if name})
+        # The path of a bare array is empty.
+        leaves = [layer.leaf] if bias is None else [layer.leaf, bias]
+        return KernelView(layer, bias, {name: shapes[name] for name in leaves})
 
     def restrict(self, where: Where) -> KroneckerFactors:
         """The factors of fewer layers: those whose kernel matches ``where``.

@@ -692,6 +692,15 @@ def linear_factors(outputs, **shapes):
     return hd.kronecker_factors(loss, params, [(normal(6, 4, seed=1), normal(6, 3))])
 
 
+def test_parameters_may_be_one_bare_array():
+    loss = hd.compose(lambda w, x: x @ w, losses.mean_squared_error)
+    w, data = normal(4, 3), [(normal(6, 4, seed=1), normal(6, 3))]
+    factors = hd.kronecker_factors(loss, w, data)
+    exact = hd.dense(hd.Hessian(loss, w, data))
+    np.testing.assert_allclose(hd.dense(factors), exact, atol=1e-13)
+    np.testing.assert_allclose(factors.top(2).values, np.linalg.eigvalsh(exact)[:-3:-1])
+
+
 def test_entries_in_no_layer_have_the_eigenvalue_zero():
     factors = linear_factors(lambda p, x: x @ p["w"][:4], w=(6, 3))
     values = np.linalg.eigvalsh(hd.dense(factors))[::-1]
