@@ -127,7 +127,11 @@ class KroneckerFactors:
                 f"where={where!r} matches no kernel. The layers are: {', '.join(self.layers)}."
             )
         biases = any(f.layer.bias in kept for f in layers.values())
-        found = KroneckerFactors(layers, self.whole, self.bias and biases, self.description)
+        across = self.across
+        if across is not None:
+            rows = np.concatenate([np.r_[self._rows_across[path]] for path in layers])
+            across = across[np.ix_(rows, rows)]
+        found = KroneckerFactors(layers, self.whole, self.bias and biases, self.description, across)
         if set(trees.paths(found.like)) != kept:
             raise ValueError(
                 f"where={where!r} matches {', '.join(sorted(kept))}; expected the kernel and bias "
@@ -267,18 +271,24 @@ class KroneckerFactors:
             self.describe(),
         )
 
+    @property
+    def _rows_across(self) -> dict[str, slice]:
+        """The rows of ``across`` that belong to each layer."""
+        sizes = [math.prod(f.output.shape[:-1]) for f in self.layers.values()]
+        ends = np.cumsum(sizes)
+        rows = [slice(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
+        return dict(zip(self.layers, rows, strict=True))
+
     def _across_layers(self, outputs: np.ndarray) -> Block:
         """The vector with u_p (x) E[x_p] in each layer, as a block of one."""
         total = trees.zeros(self.like)
-        first = 0
         for path, factors in self.layers.items():
             view = self._view(path)
             mean = factors.mean_input
             if self._has_bias(path):
                 mean = np.concatenate([mean, np.ones((*mean.shape[:-1], 1))], axis=-1)
             shape = (*mean.shape[:-1], factors.layer.outputs)
-            part = outputs[first : first + math.prod(shape)].reshape(shape)
-            first += math.prod(shape)
+            part = outputs[self._rows_across[path]].reshape(shape)
             matrix = mean[..., :, None] * part[..., None, :]
             own = view.leaves_of(jnp.asarray(matrix, view.dtype))
             total = trees.add(total, self._with_zeros(own))

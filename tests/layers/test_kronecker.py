@@ -828,3 +828,15 @@ def test_more_pairs_than_there_are_are_all_of_them():
     values = np.arange(1.0, 4)
     found = top_products(np.diag(values), np.diag([1.0, -1.0]), 100)
     assert [round(each[0]) for each in found] == [3, 2, 1, -1, -2, -3]
+
+
+def test_a_restriction_keeps_its_own_outputs_of_those_across_layers():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"a": jax.random.normal(keys[0], (4, 3)), "b": jax.random.normal(keys[1], (3, 2))}
+    loss = hd.compose(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], losses.cross_entropy)
+    batch = jax.random.normal(keys[2], (6, 4)), jax.random.randint(keys[3], (6,), 0, 2)
+    factors = hd.kronecker_factors(loss, params, [batch], across=True)
+    for path, outputs in (("a", slice(0, 3)), ("b", slice(3, 5))):
+        part = factors.restrict(path)
+        np.testing.assert_array_equal(part.across, factors.across[outputs, outputs])
+        assert part.full_eigenspace(2).rank == 2
