@@ -112,7 +112,7 @@ def measure(name: str, network: Network) -> dict[str, Any]:
             for program in programs
         ],
         "masked": [(masked, (masks,))],
-        "factors": [(factors, (rows, jnp.asarray(1.0)))],
+        "factors": [(factors, ({"inputs": (), "outputs": rows},))],
     }
     operations = {}
     thunks = {}

@@ -43,8 +43,7 @@ class FactorSums:
         loss: ComposedLoss,
         params: Vector,
         batch: PyTree,
-        rows: jax.Array | None,
-        first: jax.Array,
+        wanted: dict[str, Any],
     ) -> tuple[Total, Any]:
         """The batch's loss, and the sums.
 
@@ -52,9 +51,8 @@ class FactorSums:
           loss: the composed loss.
           params: the parameters.
           batch: the batch.
-          rows: the numbers of the rows of the roots that are pulled back, or a key for the sampled
-            ones, or None if only the sums of inputs are wanted.
-          first: 1 if this is the first call for the batch, 0 otherwise. The inputs count only then.
+          wanted: has ``"inputs"`` if the sums of inputs are wanted. If those of outputs are, it has
+            as ``"outputs"`` the numbers of the rows of the roots, or a key for sampled ones.
         """
         inputs, *targets = parts(batch)
         layers = chosen(loss, params, inputs, self.layers)
@@ -66,16 +64,16 @@ class FactorSums:
 
         outputs, pull, recorded = jax.vjp(tapped, zero_taps(uses), has_aux=True)
         each = roots.example_totals(loss.criterion, outputs, targets)
-        counted = first * (each.count > 0).astype(first.dtype)
-        sums = {
-            "examples": first * jnp.sum(each.count).astype(first.dtype),
-            "each": first * jnp.sum(each.sum).astype(first.dtype),
-            "inputs": {
-                layer.path: _input_sums(layer, recorded, examples, counted) for layer in layers
-            },
-        }
-        if rows is not None:
-            root = self._root(loss, outputs, targets, rows, each)
+        sums: dict[str, Any] = {}
+        if "inputs" in wanted:
+            sums["examples"] = jnp.sum(each.count)
+            sums["each"] = jnp.sum(each.sum)
+            sums["inputs"] = {
+                layer.path: _input_sums(layer, recorded, examples, each.count > 0)
+                for layer in layers
+            }
+        if "outputs" in wanted:
+            root = self._root(loss, outputs, targets, wanted["outputs"], each)
             (pulled,) = jax.vmap(pull)(root.rows)
             sums["outputs"] = {
                 layer.path: _output_sums(_rows(layer, pulled, examples), root) for layer in layers

@@ -168,10 +168,12 @@ def _sums(
 ) -> dict[str, Any]:
     """The sums over the data of what the factors need, on the host."""
     count, kernel = 1, FactorSums(tuple(layers), False, None)
-    rows: list[Any] = [None]
+    calls: list[dict[str, Any]] = [{}]
     if with_rows:
         count, kernel, rows = _calls(risk, piece, tuple(layers), num_samples, across, key)
-    arguments = [(each, jnp.asarray(float(not call))) for call, each in enumerate(rows)]
+        calls = [{"outputs": each} for each in rows]
+    calls[0]["inputs"] = ()
+    arguments = [(call,) for call in calls]
     try:
         (found,), _ = risk.sum_parts(
             kernel, [arguments], [[None] * len(arguments)], what="a Kronecker factor"
