@@ -30,8 +30,8 @@ seeds:
 
 The paper's formula does not converge to the eigenspace: its overlap stays at (E q)^2 / E q^2, here
 0.83. With activation rates the overlap tends to 1. 1 - overlap is then 1.3 / n to 2 / n, and
-centering the rows makes it 4 to 16 times smaller. So the rates are the missing factor of the paper's formula,
-and its theorems on the gap hold: lambda_c / lambda_(c-1) tends to 0.
+centering the rows makes it 4 to 16 times smaller. So the rates are the factor that the paper's
+formula lacks. The paper's theorem on the gap holds: lambda_c / lambda_(c-1) tends to 0.
 """
 
 import argparse
