@@ -86,8 +86,8 @@ F-200^2. The first layer and the approximation across layers ("all") agree with 
 well, 0.70 and 0.75 instead of 0.93 and 0.89 at k = 9, and their E[x x^T] is further from rank 1.
 The learning rate of 0.1 is the cause. With it, 300 epochs, or all 9,000 images in the operators,
 give 0.77 and 0.78 for fc2, and 150 epochs on 2,000 training images give 0.82 and 0.67. With the
-paper's 0.01 on 2,000 images (7 minutes, `--network mlp --learning-rate 0.01 --epochs 1000 --train-
-images 2000 --plain --name slow`), both are the paper's:
+paper's 0.01 on 2,000 images, both are the paper's (7 minutes; `--network mlp --learning-rate 0.01
+--epochs 1000 --train-images 2000 --plain --name slow`):
 
     mlp: training accuracy 100.00%, 100.00%; loss 0.0052; 413 s
                 size  l1/l2  (v1.x)2 spectral Frobenius         rank-1          peak of two models
