@@ -29,7 +29,10 @@ class LayerFactors:
     mean_input: np.ndarray
     """(*stack, groups, n) float64: the mean of x over examples and positions."""
     active_inputs: np.ndarray
-    """(*stack, groups, n) float64: the share of examples and positions in which x > 0."""
+    """(*stack, groups, n) float64: the share of examples and positions in which x > 0.
+
+    Directly behind a ReLU, these are the rates at which its units are active.
+    """
     positions: float
     """The number of positions of an example."""
     deviation: float | None

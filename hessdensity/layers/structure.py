@@ -147,7 +147,8 @@ def predicted_output_eigenspace(
         last of which gives the c logits. `matricize` makes them of kernels. Empty for the last
         layer, whose z are the logits, is not allowed: give the identity.
       activation_rates: for each matrix, the share of examples in which each of its inputs is
-        active: `LayerFactors.active_inputs`. By default all are taken as equal.
+        active: `LayerFactors.active_inputs`, if the inputs come directly from a ReLU. By default
+        all are taken as equal.
       centered: subtract the mean row. False gives the formula of Wu et al., which removes the
         direction S^T 1 from the row space instead.
 

@@ -163,11 +163,13 @@ def _pair(u: Eigenspace | PyTree, v: Eigenspace | PyTree) -> tuple[PyTree, PyTre
             f"u holds {trees.count(u)} vectors and v {trees.count(v)}; expected at least one in "
             "each."
         )
-    u, v = (
-        jax.tree.map(lambda x, y: jnp.asarray(x, np.promote_types(x.dtype, y.dtype)), *pair)
-        for pair in ((u, v), (v, u))
-    )
-    return u, v
+
+    def converted(x: Any, y: Any) -> jax.Array:
+        # Rows on the host may be float64 although JAX computes in float32.
+        dtype = np.promote_types(x.dtype, y.dtype)
+        return jnp.asarray(x, jax.dtypes.canonicalize_dtype(dtype))
+
+    return jax.tree.map(converted, u, v), jax.tree.map(converted, v, u)
 
 
 def gram(u: Block, v: Block) -> np.ndarray:
