@@ -21,7 +21,7 @@ from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where, select
 from hessdensity.vectors.trees import Block, Vector
 
-from .kronecker_products import top_products
+from .kronecker_products import CONVERGED, top_products
 from .layer_factors import KernelView, LayerFactors
 
 
@@ -223,7 +223,7 @@ class KroneckerFactors:
         best = heapq.nlargest(k, found, key=lambda each: (each[0], -each[1]))
         vectors = trees.join([self._eigenvector(place, v, u) for _, _, place, v, u in best])
         values = np.array([each[0] for each in best])
-        residuals = np.full(k, np.finfo(np.float32).eps * np.abs(values).max())
+        residuals = np.full(k, CONVERGED * np.abs(values).max())
         return Eigenspace(values, vectors, residuals, np.ones(k, bool), 0, 0, self.describe())
 
     def full_eigenspace(self, k: int) -> Eigenspace:

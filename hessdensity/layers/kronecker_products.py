@@ -6,7 +6,8 @@ import numpy as np
 
 _DENSE = 1000  # up to this size, all eigenpairs of a factor are computed
 _BLOCK = 32  # vectors by which the Krylov space of a large factor grows
-_CONVERGED = 1e-8  # the largest residual of a known pair, as a share of the largest eigenvalue
+CONVERGED = 1e-6
+"""The largest residual of a known pair of a factor, as a share of its largest eigenvalue."""
 
 
 def top_products(
@@ -86,7 +87,7 @@ class _Factor:
         known = self.values.size
         while self.values.size <= known and not self.complete:
             size = self._basis.shape[1]
-            wanted = max(4 * _BLOCK, size * 3 // 2)
+            wanted = max(4 * _BLOCK, size * 5 // 4)
             if 2 * wanted > len(self._matrix):
                 self.values, self._rotation = np.linalg.eigh(self._matrix)
                 self.complete = True
@@ -116,6 +117,6 @@ class _Factor:
         order = np.argsort(np.abs(values))[::-1]
         values, rotation = values[order], rotation[:, order]
         residuals = np.linalg.norm(self._coupling @ rotation[-_BLOCK:], axis=0)
-        settled = residuals <= _CONVERGED * np.abs(values[0])
+        settled = residuals <= CONVERGED * np.abs(values[0])
         count = values.size if settled.all() else int(np.argmin(settled))
         self.values, self._rotation = values[:count], rotation[:, :count]

@@ -820,7 +820,8 @@ def test_the_top_of_a_large_product_is_that_of_all_products(name, k, monkeypatch
         for value, u, v in found:
             u, v = (v, u) if swapped else (u, v)
             residual = np.outer(matrix @ u, right @ v) - value * np.outer(u, v)
-            assert np.linalg.norm(residual) < 1e-7
+            allowed = 1e-6 * np.abs(values).max(initial=0.1) * np.linalg.norm(right, 2)
+            assert np.linalg.norm(residual) <= allowed
             assert np.linalg.norm(np.outer(u, v)) == pytest.approx(1)
 
 
