@@ -271,8 +271,8 @@ class Walker:
     def _scan(self, equation: Any, scope: _Scope, origins: Sequence[Origin | None]) -> None:
         """Walk through the body of a scan. Taps and inputs get an axis for its steps."""
         parameters = equation.params
-        num_constants, num_carry = parameters["num_consts"], parameters["num_carry"]
-        inner, length = parameters["jaxpr"], parameters["length"]
+        num_constants, num_carry = _scan_sizes(parameters)
+        inner, length = _closed(parameters["jaxpr"]), parameters["length"]
         values = [scope.value(v) for v in equation.invars]
         first = num_constants + num_carry
         constants, initial = values[:num_constants], values[num_constants:first]
@@ -322,6 +322,19 @@ class Walker:
             known.extend(reason for reason in reasons if reason not in known)
 
 
+def _scan_sizes(parameters: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan."""
+    if "num_consts" in parameters:
+        return parameters["num_consts"], parameters["num_carry"]
+    constants, carry, _ = parameters["ft_in"].unpack()  # since JAX 0.11
+    return len(constants), len(carry)
+
+
+def _closed(jaxpr: Any) -> Any:
+    """A jaxpr with its constants, whether the operation has it so or not."""
+    return jaxpr if hasattr(jaxpr, "jaxpr") else core.ClosedJaxpr(jaxpr, ())
+
+
 def _is_kernel(equation: Any, origins: Sequence[Origin | None], places: list[int]) -> bool:
     """Whether the leaf among the operands of a product is its kernel."""
     (place, *more) = places
@@ -344,7 +357,6 @@ def _inner_jaxpr(equation: Any) -> Any | None:
     ]
     if len(found) != 1:
         return None
-    (inner,) = found
-    closed = inner if hasattr(inner, "jaxpr") else core.ClosedJaxpr(inner, ())
+    closed = _closed(found[0])
     fits = len(closed.jaxpr.invars) == len(equation.invars)
     return closed if fits and len(closed.jaxpr.outvars) == len(equation.outvars) else None
