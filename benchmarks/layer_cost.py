@@ -122,7 +122,7 @@ def measure(name: str, network: Network) -> dict[str, Any]:
         "H v": [(PRODUCTS[FORWARD_OVER_REVERSE], (block,))],
         "all blocks": [
             (
-                BlockProducts(tuple(groups.values()), FORWARD_OVER_REVERSE),
+                BlockProducts(tuple(groups.values()), PRODUCTS[FORWARD_OVER_REVERSE]),
                 ({i: parts[i] for i in program},),
             )
             for program in programs

@@ -12,11 +12,11 @@ import numpy as np
 
 from hessdensity.data.passes import Count
 from hessdensity.losses.composed import bind
-from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, divide, refuses_forward
+from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, Kernel, divide, refuses_forward
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss, Total
 from hessdensity.operators.algebra import Wrapper
-from hessdensity.operators.derivatives import PRODUCTS, group_size
+from hessdensity.operators.derivatives import PRODUCTS, group_size, program_bytes
 from hessdensity.operators.hessian import Hessian
 from hessdensity.operators.protocol import check_count, check_key
 from hessdensity.spectra.estimate import Estimate
@@ -33,27 +33,27 @@ _TANGENTS = 16
 
 @dataclass(frozen=True)
 class BlockProducts:
-    """A kernel: products of the blocks of a batch's Hessian, each with its own vectors.
+    """A kernel: products of the blocks of a batch's matrix, each with its own vectors.
 
-    For each group, it takes the derivative of the gradient by the leaves of this group alone. All
-    other leaves are constants, whose tangents and gradients the program does not contain.
+    For each group, it takes derivatives by the leaves of this group alone. All other leaves are
+    constants, whose tangents and gradients the program does not contain.
     """
 
     groups: tuple[Group, ...]
     """The groups."""
-    mode: str
-    """The mode of differentiation."""
+    products: Kernel
+    """The kernel of the products with one block, such as one of `derivatives.PRODUCTS`."""
 
     def __call__(
         self, loss: Loss, params: Vector, batch: PyTree, vectors: dict[int, Block]
     ) -> tuple[Total, dict[int, Block]]:
         """The batch's loss, and the products of some groups with their vectors."""
-        products = {}
+        found = {}
         for number, block in vectors.items():
             group = self.groups[number]
             own = bind(group, loss, params)
-            total, products[number] = PRODUCTS[self.mode](own, group.take(params), batch, block)
-        return total, products
+            total, found[number] = self.products(own, group.take(params), batch, block)
+        return total, found
 
 
 class BlockDiagonal(Wrapper):
@@ -147,7 +147,7 @@ class BlockDiagonal(Wrapper):
         """The sums of the products of some calls over the data, and the number of examples."""
         risk = self.hessian.risk
         (sums,), (total,) = risk.sum_parts(
-            BlockProducts(tuple(self.groups.values()), risk.mode),
+            BlockProducts(tuple(self.groups.values()), PRODUCTS[risk.mode]),
             [[(call,) for call in calls]],
             [[jax.tree.map(jnp.zeros_like, call) for call in calls]],
             what="a Hessian-vector product",
@@ -199,23 +199,15 @@ class BlockDiagonal(Wrapper):
 
         They are those of the program with the largest groups.
         """
-        size = group_size(self.like, num_vectors)
         groups = tuple(self.groups.values())
-
-        def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = trees.stacked_sharding(leaf, 1)
-            return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=sharding)
-
-        parts = {i: groups[i].take(self.like) for i in self.programs(size)[-1]}
-        blocks = jax.tree.map(describe, parts)
-        risk = self.hessian.risk
-        try:
-            return risk.temporary_bytes(BlockProducts(groups, risk.mode), blocks, zero=blocks)
-        except TypeError as error:
-            if not refuses_forward(error):
-                raise
-            kernel = BlockProducts(groups, REVERSE_OVER_REVERSE)
-            return risk.temporary_bytes(kernel, blocks, zero=blocks)
+        size = group_size(self.like, num_vectors)
+        program = self.programs(size)[-1]
+        return program_bytes(
+            self.hessian.risk,
+            lambda mode: BlockProducts(groups, PRODUCTS[mode]),
+            {i: groups[i].take(self.like) for i in program},
+            size,
+        )
 
     def describe(self) -> dict[str, Any]:
         """The description of the Hessian, and the groups."""

@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from hessdensity.losses import roots
-from hessdensity.losses.composed import ComposedLoss, bind, parts
+from hessdensity.losses.composed import ComposedLoss, parts
 from hessdensity.losses.roots import Rows
 from hessdensity.losses.total import Total, as_total
-from hessdensity.operators import gauss_newton
-from hessdensity.vectors.trees import Block, PyTree, Vector
+from hessdensity.vectors.trees import PyTree, Vector
 
 from .find import Layer, find_layers
-from .partition import Group
 from .tracing import count_examples, run_tapped, zero_taps
 from .uses import Use
 
@@ -167,29 +165,6 @@ def _behind(signs: jax.Array, rows: jax.Array) -> jax.Array:
     """Signs (rows, examples), shaped to multiply (rows, *stack, groups, examples, positions, m)."""
     middle = rows.ndim - 4
     return signs.reshape(signs.shape[0], *[1] * middle, signs.shape[1], 1, 1).astype(rows.dtype)
-
-
-@dataclass(frozen=True)
-class GaussNewtonBlocks:
-    """A kernel: Gauss-Newton products of blocks of the diagonal, each with its own vectors."""
-
-    groups: tuple[Group, ...]
-    """The groups."""
-    mode: str
-    """The mode of differentiation."""
-
-    def __call__(
-        self, loss: ComposedLoss, params: Vector, batch: PyTree, vectors: dict[int, Block]
-    ) -> tuple[Total, dict[int, Block]]:
-        """The batch's loss, and the products of some groups with their vectors."""
-        found = {}
-        for number, block in vectors.items():
-            group = self.groups[number]
-            own = bind(group, loss, params)
-            assert isinstance(own, ComposedLoss)
-            part = group.take(params)
-            total, found[number] = gauss_newton.products(own, part, batch, block, self.mode)
-        return total, found
 
 
 @partial(jax.jit, static_argnames="paths")

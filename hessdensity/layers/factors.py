@@ -75,26 +75,28 @@ class KroneckerFactors:
 
     def __matmul__(self, vectors: Block | Vector) -> Block | Vector:
         block, single = trees.as_block(vectors, self.like)
-        arrays = {path: self._arrays(path) for path in self.layers}
-        views = {path: self._view(path) for path in self.layers}
         parts = dict(zip(trees.paths(self.like), jax.tree.leaves(block), strict=True))
         products = {name: jnp.zeros_like(leaf) for name, leaf in parts.items()}
         with jax.default_matmul_precision("highest"):
-            for path, view in views.items():
+            for view, left, right in self._on_device:
                 own = {name: parts[name] for name in view.leaves}
                 matrix = jax.vmap(view.matrix)(own)
-                left, right = arrays[path]
                 product = left @ matrix @ right
                 for name, leaf in jax.vmap(view.leaves_of)(product).items():
                     products[name] = products[name] + leaf
         result = jax.tree.unflatten(jax.tree.structure(self.like), list(products.values()))
         return trees.first_vector(result) if single else result
 
-    def _arrays(self, path: str) -> tuple[jax.Array, jax.Array]:
-        """The two factors of a layer on the device, in the dtype of its vectors."""
-        factors = self.layers[path]
-        dtype = self._view(path).dtype
-        return jnp.asarray(self._input(path), dtype), jnp.asarray(factors.output, dtype)
+    @functools.cached_property
+    def _on_device(self) -> list[tuple[KernelView, jax.Array, jax.Array]]:
+        """The view and the two factors of each layer, in the dtype of its vectors."""
+        found = []
+        for path, factors in self.layers.items():
+            view = self._view(path)
+            both = self._input(path), factors.output
+            left, right = (jnp.asarray(factor, view.dtype) for factor in both)
+            found.append((view, left, right))
+        return found
 
     def _input(self, path: str) -> np.ndarray:
         factors = self.layers[path]

@@ -12,6 +12,8 @@ import numpy as np
 from hessdensity.losses import roots
 from hessdensity.losses.composed import ComposedLoss, parts
 from hessdensity.losses.risk import EmpiricalRisk
+from hessdensity.operators import gauss_newton
+from hessdensity.operators.derivatives import equal_size
 from hessdensity.operators.hessian import Hessian
 from hessdensity.operators.protocol import check_count, check_key
 from hessdensity.vectors import trees
@@ -19,8 +21,8 @@ from hessdensity.vectors.random import random_block
 from hessdensity.vectors.selection import Where, select
 from hessdensity.vectors.trees import PyTree
 
-from .blocks import BlockDiagonal
-from .factor_sums import FactorSums, GaussNewtonBlocks, mixed_rows, non_finite_inputs
+from .blocks import BlockDiagonal, BlockProducts
+from .factor_sums import FactorSums, mixed_rows, non_finite_inputs
 from .factors import KroneckerFactors
 from .find import Layer, find_layers
 from .layer_factors import LayerFactors
@@ -208,8 +210,8 @@ def _calls(
                 f"because its law is not known; expected one of {allowed}. Or leave num_samples "
                 "out."
             )
-        calls = -(-num_samples // _ROWS)
-        each = -(-num_samples // calls)
+        each = equal_size(num_samples, _ROWS)
+        calls = -(-num_samples // each)
         return calls, FactorSums(paths, across, each), list(jax.random.split(key, calls))
     inputs, *_ = parts(piece)
     outputs = jax.eval_shape(risk.loss.outputs, risk.params, inputs)
@@ -223,9 +225,8 @@ def _calls(
             f"an example has {number:,} outputs, shape {list(outputs.shape[1:])}, so that exact "
             f"factors take {number:,} backward passes. Give num_samples= for random ones."
         )
-    calls = -(-number // _ROWS)
-    each = -(-number // calls)
-    rows = [jnp.arange(call * each, (call + 1) * each) for call in range(calls)]
+    each = equal_size(number, _ROWS)
+    rows = [jnp.arange(first, first + each) for first in range(0, number, each)]
     return 1, FactorSums(paths, across, None), rows
 
 
@@ -299,7 +300,7 @@ def _deviations(risk: EmpiricalRisk, layers: dict[str, Layer], key: jax.Array) -
     names, groups = list(blocks.groups), tuple(blocks.groups.values())
     calls = [{i: vectors[names[i]] for i in program} for program in blocks.programs(1)]
     (sums,), (count,) = own.sum_parts(
-        GaussNewtonBlocks(groups, own.mode),
+        BlockProducts(groups, gauss_newton.PRODUCTS[own.mode]),
         [[(call,) for call in calls]],
         [[None] * len(calls)],
         what="a Gauss-Newton product",

@@ -15,6 +15,7 @@ from hessdensity.losses.kernels import FORWARD_OVER_REVERSE
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.roots import key_of_batch
 from hessdensity.losses.total import Total, as_total
+from hessdensity.operators.derivatives import equal_size
 from hessdensity.vectors.trees import PyTree, Vector
 
 from .factor_sums import chosen
@@ -152,12 +153,11 @@ def output_hessians(
                 f"exact kind='hessian' takes {units:,} Hessian products. Give num_samples= for "
                 "random signs over the positions, or where= for other layers."
             )
-        calls = -(-units // _COLUMNS)
-        each = -(-units // calls)
+        each = equal_size(units, _COLUMNS)
         arguments = [
-            (jnp.arange(call * each, (call + 1) * each), jax.random.fold_in(key, number * 1000 + i))
+            (jnp.arange(first, first + each), jax.random.fold_in(key, number * 1000 + i))
             for i in range(num_samples or 1)
-            for call in range(calls)
+            for first in range(0, units, each)
         ]
 
         def compute(

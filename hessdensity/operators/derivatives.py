@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,9 @@ from hessdensity.losses.kernels import (
     REVERSE_OVER_REVERSE,
     Kernel,
     gradient_kernel,
+    refuses_forward,
 )
+from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss, Total
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import Block, PyTree, Vector
@@ -29,7 +32,44 @@ def group_size(like: Vector, count: int) -> int:
     """
     leaves = jax.tree.leaves(like)
     sharded = any(leaf.sharding and not leaf.sharding.is_fully_replicated for leaf in leaves)
-    return 1 if sharded else -(-count // -(-count // _GROUP))
+    return 1 if sharded else equal_size(count, _GROUP)
+
+
+def equal_size(count: int, most: int) -> int:
+    """The size of groups of at most ``most``, as few and as equal as possible.
+
+    Every size is compiled anew. Only the last group may be smaller.
+    """
+    return -(-count // -(-count // most))
+
+
+def program_bytes(
+    risk: EmpiricalRisk, kernel_of: Callable[[str], Kernel], vectors: PyTree, size: int
+) -> int:
+    """Bytes on each device that a program of products needs beside its arguments and results.
+
+    Args:
+      risk: the risk whose second derivatives are taken.
+      kernel_of: the kernel for a mode of differentiation. If the model does not allow the present
+        mode, it is reverse over reverse.
+      vectors: shapes and shardings of one vector of each argument of the kernel.
+      size: the number of vectors in the program (`group_size`).
+    """
+
+    # Descriptions instead of arrays, because the caller may be about to find out that the vectors
+    # do not fit. They must be uncommitted if the vectors will be, because the program would be a
+    # different one otherwise.
+    def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = trees.stacked_sharding(leaf, 1)
+        return jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype, sharding=sharding)
+
+    block = jax.tree.map(describe, vectors)
+    try:
+        return risk.temporary_bytes(kernel_of(risk.mode), block, zero=block)
+    except TypeError as error:
+        if not refuses_forward(error):
+            raise
+        return risk.temporary_bytes(kernel_of(REVERSE_OVER_REVERSE), block, zero=block)
 
 
 def _forward(loss: Loss, params: Vector, batch: PyTree, block: Block) -> tuple[Total, Block]:

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 
 from hessdensity.losses.composed import ComposedLoss, parts
-from hessdensity.losses.kernels import FORWARD_OVER_REVERSE
+from hessdensity.losses.kernels import FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE, Kernel
 from hessdensity.losses.total import Total, as_total
 from hessdensity.vectors import trees
 from hessdensity.vectors.trees import Block, PyTree, Vector
 
 
 def products(
-    loss: ComposedLoss,
-    params: Vector,
-    batch: PyTree,
-    block: Block,
-    mode: str = FORWARD_OVER_REVERSE,
+    mode: str, loss: ComposedLoss, params: Vector, batch: PyTree, block: Block
 ) -> tuple[Total, Block]:
     """A kernel: J^T A J v, where A is the second derivative of the criterion by the outputs.
 
     It is the Hessian without the second derivatives of the outputs.
 
     Args:
+      mode: `REVERSE_OVER_REVERSE` for a model with a custom_vjp, which has J^T alone. J is then the
+        transpose of J^T.
       loss: the composed loss.
       params: the parameters.
       batch: the batch.
       block: the vectors v.
-      mode: `REVERSE_OVER_REVERSE` for a model with a custom_vjp, which has J^T alone. J is then the
-        transpose of J^T.
     """
     inputs, *targets = parts(batch)
 
@@ -60,3 +57,9 @@ def _jacobian(
     outputs, pull = jax.vjp(outputs_at, params)
     forth = jax.linear_transpose(lambda curved: pull(curved)[0], outputs)
     return outputs, lambda change: forth(change)[0], lambda curved: pull(curved)[0]
+
+
+PRODUCTS: dict[str, Kernel] = {
+    mode: partial(products, mode) for mode in (FORWARD_OVER_REVERSE, REVERSE_OVER_REVERSE)
+}
+"""Kernels (loss, params, batch, block) for the products J^T A J v, with a composed loss."""

@@ -10,14 +10,14 @@ import numpy as np
 
 from hessdensity.data.passes import Count
 from hessdensity.losses import additivity, composition
-from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, divide, refuses_forward
+from hessdensity.losses.kernels import REVERSE_OVER_REVERSE, divide
 from hessdensity.losses.risk import EmpiricalRisk
 from hessdensity.losses.total import Loss
 from hessdensity.vectors import trees
 from hessdensity.vectors.selection import Where
 from hessdensity.vectors.trees import Block, PyTree, Vector
 
-from .derivatives import FORMS, PRODUCTS, group_size
+from .derivatives import FORMS, PRODUCTS, group_size, program_bytes
 
 _ASYMMETRY = 0.05  # above this relative asymmetry, a custom_vjp rule is not a derivative
 
@@ -228,21 +228,8 @@ class Hessian:
         the compiler. Afterwards a product with ``num_vectors`` vectors has nothing left to compile.
         Reads one batch.
         """
-
-        # Descriptions instead of arrays, because the caller may be about to find out that the
-        # vectors do not fit. They must be uncommitted if the vectors will be, because the program
-        # would be a different one otherwise.
-        def describe(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = group_size(self.like, num_vectors), *leaf.shape
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=trees.stacked_sharding(leaf, 1))
-
-        block = jax.tree.map(describe, self.like)
-        try:
-            return self.risk.temporary_bytes(PRODUCTS[self.mode], block, zero=block)
-        except TypeError as error:
-            if not refuses_forward(error):
-                raise
-            return self.risk.temporary_bytes(PRODUCTS[REVERSE_OVER_REVERSE], block, zero=block)
+        size = group_size(self.like, num_vectors)
+        return program_bytes(self.risk, PRODUCTS.__getitem__, self.like, size)
 
     def _multiply(self, block: Block, mode: str, num_parts: int) -> tuple[Block, list[Count]]:
         size = trees.count(block) // num_parts

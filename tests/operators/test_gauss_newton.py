@@ -55,7 +55,7 @@ def dense(loss, params, batch, mode):
 
     @jax.jit
     def products(block):
-        return gauss_newton.products(loss, params, batch, block, mode)
+        return gauss_newton.products(mode, loss, params, batch, block)
 
     total, found = products(block)
     return trees.ravel(found).astype(float) / float(total.count), total
