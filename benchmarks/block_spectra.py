@@ -50,14 +50,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 
 import hessdensity as hd
 from benchmarks._harness import save
 from benchmarks.models.data import cifar10, folder, shakespeare
 from benchmarks.models.gpt import GPT
 from benchmarks.models.resnet import ResNet, load_weights, normalize
-from benchmarks.models.training import population_statistics
+from benchmarks.models.training import population_statistics, train_with_adam
 from hessdensity import adapters, losses
 from hessdensity.vectors import trees
 
@@ -78,19 +77,7 @@ def gpt(args: argparse.Namespace) -> Problem:
     tokens, following = map(jnp.asarray, shakespeare(4096, args.length))
     variables = model.init(jax.random.key(0), tokens[:1])
     loss, start = adapters.from_linen(model, variables, losses.cross_entropy)
-    params = start
-    optimizer = optax.adam(1e-3)
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params: Any, state: Any, rows: jax.Array) -> tuple[Any, Any]:
-        gradient = jax.grad(loss)(params, (tokens[rows], following[rows]))
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
-
-    for index in range(args.gpt_steps):
-        rows = jax.random.randint(jax.random.key(index), (32,), 0, len(tokens))
-        params, state = step(params, state, rows)
+    params = train_with_adam(loss, start, (tokens, following), args.gpt_steps)
     batches = [(tokens[: args.sequences], following[: args.sequences])]
     groups: dict[str, Any] = {"tokens": "tokens/*", "positions": "positions/*"}
     for index in range(args.gpt_depth):

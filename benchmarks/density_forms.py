@@ -51,6 +51,7 @@ from benchmarks.mnist_reference import problem as mnist_problem
 from benchmarks.models.data import cifar10, folder, shakespeare
 from benchmarks.models.gpt import GPT
 from benchmarks.models.resnet import ResNet, load_weights, normalize
+from benchmarks.models.training import train_with_adam
 from hessdensity import adapters, losses
 from hessdensity.vectors import trees
 
@@ -93,18 +94,7 @@ def gpt(args: argparse.Namespace) -> Problem:
         logits = model.apply({"params": params}, batch[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
-    optimizer = optax.adam(1e-3)
-    state = optimizer.init(params)
-
-    @jax.jit
-    def step(params: Any, state: Any, rows: jax.Array) -> tuple[Any, Any]:
-        gradient = jax.grad(loss)(params, (tokens[rows], following[rows]))
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state
-
-    for index in range(args.gpt_steps):
-        rows = jax.random.randint(jax.random.key(index), (32,), 0, len(tokens))
-        params, state = step(params, state, rows)
+    params = train_with_adam(loss, params, (tokens, following), args.gpt_steps)
     return referenced(hd.Hessian(loss, params, [(tokens[:count], following[:count])]), args)
 
 
